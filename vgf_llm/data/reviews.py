@@ -1,0 +1,418 @@
+"""The embedded data set: short reviews of places, generated from a grammar, with two exact gold rewards.
+
+A prompt names a place and, for the *content* task, the aspects to speak about, each with a polarity and in the order in
+which they have to be mentioned::
+
+    hotel | food good | staff bad | price good :
+
+A review answers in a few sentences::
+
+    we visited the hotel last week . the soup was really tasty , but the waiter seemed rude . also , i found the bill fair .
+
+The grammar asks a language model for agreement in number, for connectives that fit the polarities they join, for adjectives
+that fit their noun and for negation ("was not fresh" is bad). The texts a model is trained on are *flawed on purpose*
+(``Flaws``): aspects are left out, contradicted, swapped, repeated or added, so that sampling from the model leaves something
+to gain.
+
+Two gold rewards, both computed exactly from the text:
+
+- ``content_gold``: depends on the prompt and on what is said where (order, polarity, contradiction, repetition).
+- ``tone_gold``: positive minus negative words, a bag of words that ignores the prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+GOOD, BAD = "good", "bad"
+
+VENUES = (
+    "hotel", "cafe", "restaurant", "museum", "gym", "library", "bakery", "hostel",
+    "cinema", "spa", "market", "theatre", "lodge", "tavern", "bistro", "gallery",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """Words for one aspect: nouns in both numbers and adjectives of both polarities that only this aspect takes."""
+
+    singular: tuple[str, ...]
+    plural: tuple[str, ...]
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ASPECTS: dict[str, Aspect] = {
+    "food": Aspect(
+        _words("food meal soup bread dessert salad"),
+        _words("dishes pastries snacks"),
+        _words("delicious tasty fresh flavourful appetising"),
+        _words("bland stale greasy tasteless undercooked"),
+    ),
+    "staff": Aspect(
+        _words("waiter manager receptionist host porter"),
+        _words("attendants clerks guides"),
+        _words("friendly helpful polite attentive courteous"),
+        _words("rude careless grumpy impatient arrogant"),
+    ),
+    "price": Aspect(
+        _words("price bill fee cost tariff"),
+        _words("prices rates charges"),
+        _words("fair reasonable modest affordable sensible"),
+        _words("excessive outrageous steep inflated unjustified"),
+    ),
+    "room": Aspect(
+        _words("room hall lobby interior corridor"),
+        _words("seats chairs tables"),
+        _words("spacious bright elegant tidy stylish"),
+        _words("cramped gloomy shabby dusty wobbly"),
+    ),
+    "music": Aspect(
+        _words("music band playlist pianist singer"),
+        _words("songs melodies concerts"),
+        _words("soothing lively charming melodic uplifting"),
+        _words("deafening tedious tuneless monotonous shrill"),
+    ),
+    "location": Aspect(
+        _words("location street neighbourhood view district"),
+        _words("surroundings views streets"),
+        _words("scenic convenient peaceful central safe"),
+        _words("remote dangerous dreary isolated polluted"),
+    ),
+    "wifi": Aspect(
+        _words("wifi internet connection network signal"),
+        _words("computers screens printers"),
+        _words("fast stable seamless reliable responsive"),
+        _words("slow unstable patchy useless outdated"),
+    ),
+    "drinks": Aspect(
+        _words("coffee tea wine juice lemonade"),
+        _words("drinks cocktails beers"),
+        _words("rich aromatic smooth refreshing mellow"),
+        _words("bitter watery lukewarm sour flat"),
+    ),
+    "bathroom": Aspect(
+        _words("bathroom shower sink toilet mirror"),
+        _words("towels taps tiles"),
+        _words("spotless clean modern hygienic gleaming"),
+        _words("filthy broken mouldy leaking smelly"),
+    ),
+    "bed": Aspect(
+        _words("bed mattress blanket sofa duvet"),
+        _words("pillows sheets cushions"),
+        _words("comfortable soft cosy warm plush"),
+        _words("lumpy stiff itchy saggy torn"),
+    ),
+    "garden": Aspect(
+        _words("garden terrace courtyard pond lawn"),
+        _words("flowers trees fountains"),
+        _words("lush beautiful serene blooming fragrant"),
+        _words("neglected muddy overgrown barren withered"),
+    ),
+    "crowd": Aspect(
+        _words("crowd queue audience company clientele"),
+        _words("guests visitors neighbours"),
+        _words("calm cheerful orderly considerate relaxed"),
+        _words("noisy chaotic hostile unruly pushy"),
+    ),
+    "parking": Aspect(
+        _words("parking garage driveway entrance ramp"),
+        _words("spaces barriers lifts"),
+        _words("ample accessible sheltered marked handy"),
+        _words("scarce blocked narrow flooded confusing"),
+    ),
+    "light": Aspect(
+        _words("lighting lamp chandelier daylight lantern"),
+        _words("lights candles bulbs"),
+        _words("warming radiant mellowing flattering golden"),
+        _words("glaring flickering dim harsh blinding"),
+    ),
+    "tour": Aspect(
+        _words("tour exhibition talk show lecture"),
+        _words("exhibits paintings performances"),
+        _words("fascinating witty original inspiring informative"),
+        _words("boring shallow rushed predictable pretentious"),
+    ),
+    "climate": Aspect(
+        _words("heating ventilation temperature air draught"),
+        _words("radiators fans windows"),
+        _words("pleasant mild airy balanced gentle"),
+        _words("stuffy freezing humid sweltering icy"),
+    ),
+}
+
+NEGATIONS = ("not", "never", "hardly")
+ADVERBS = ("really", "very", "quite", "rather", "truly", "extremely", "surprisingly", "fairly")
+TIMES = (
+    "last week", "in spring", "on monday", "this summer", "a month ago", "on friday", "in october", "yesterday",
+    "during the holidays", "for my birthday", "after work", "with friends", "with my family", "before the concert",
+)  # fmt: skip
+ARRIVALS = ("visited", "chose", "entered", "tried", "discovered", "booked")
+# Words that set the tone without speaking about an aspect.
+TONE_GOOD = _words("luckily happily gladly wonderful excellent memorable perfect delighted impressed pleased soon")
+TONE_BAD = _words(
+    "sadly unfortunately reluctantly dreadful awful disappointing terrible annoyed disappointed upset never"
+)
+CLAUSE_BREAKS = frozenset((".", ",", "and", "but", "yet", "while", "although", "however", "also", "moreover"))
+
+_NOUN_ASPECT = {noun: name for name, a in ASPECTS.items() for noun in a.singular + a.plural}
+_ADJECTIVE = {
+    word: (name, polarity)
+    for name, a in ASPECTS.items()
+    for polarity, words in ((GOOD, a.good), (BAD, a.bad))
+    for word in words
+}
+# "never" is a negation inside a clause and a verdict in "we will never return": only the latter counts for tone.
+_VALENCE = (
+    {word: 1 for word in TONE_GOOD}
+    | {word: -1 for word in TONE_BAD}
+    | {word: 1 if polarity == GOOD else -1 for word, (_, polarity) in _ADJECTIVE.items()}
+)
+
+
+@dataclass(frozen=True)
+class Flaws:
+    """Chance of each flaw in a training review. The values leave a base model that is right about half the time."""
+
+    omit: float = 0.10  # per asked aspect
+    contradict: float = 0.12  # per asked aspect
+    swap: float = 0.12  # per pair of neighbours
+    repeat: float = 0.08  # per asked aspect
+    add: float = 0.15  # per review: an aspect nobody asked for
+
+
+@dataclass(frozen=True)
+class Review:
+    """One example: ``prompt`` and ``completion`` are strings of words separated by single spaces."""
+
+    prompt: str
+    completion: str
+    venue: str
+    asked: tuple[tuple[str, str], ...] = field(default=())
+
+
+def format_prompt(venue: str, asked: Sequence[tuple[str, str]]) -> str:
+    """``("hotel", [("food", "good")])`` -> ``"hotel | food good :"``; nothing asked gives the open prompt ``"hotel :"``."""
+    return " ".join([venue, *(f"| {aspect} {polarity}" for aspect, polarity in asked), ":"])
+
+
+def parse_prompt(prompt: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Inverse of ``format_prompt``. Raises ``ValueError`` on anything that it could not have written."""
+    words = prompt.split()
+    if len(words) < 2 or words[-1] != ":" or words[0] not in VENUES:
+        raise ValueError(f"not a prompt of the embedded data set: {prompt!r} (expected e.g. 'hotel | food good :')")
+    parts = " ".join(words[1:-1]).split("|")
+    asked = tuple(tuple(part.split()) for part in parts[1:])
+    for item in asked:
+        if len(item) != 2 or item[0] not in ASPECTS or item[1] not in (GOOD, BAD):
+            raise ValueError(f"not a prompt of the embedded data set: {prompt!r} ('| {' '.join(item)}' is no aspect)")
+    return words[0], asked  # type: ignore[return-value]
+
+
+def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
+    """One clause about one aspect, without the connective that leads to it."""
+    a = ASPECTS[aspect]
+    plural = rng.random() < 0.35
+    noun = rng.choice(a.plural if plural else a.singular)
+    good = polarity == GOOD
+    if rng.random() < 0.15:  # say it by negating the opposite
+        adjective = rng.choice(a.bad if good else a.good)
+        be = "were" if plural else "was"
+        return f"the {noun} {be} {rng.choice(NEGATIONS)} {adjective}"
+    adjective = rng.choice(a.good if good else a.bad)
+    adverb = f"{rng.choice(ADVERBS)} " if rng.random() < 0.4 else ""
+    form = rng.randrange(6)
+    if form == 0:
+        return f"i found the {noun} {adverb}{adjective}"
+    if form == 1:
+        return f"we thought the {noun} {'were' if plural else 'was'} {adverb}{adjective}"
+    if form == 2:
+        return f"the {noun} {rng.choice(('seemed', 'looked', 'felt'))} {adverb}{adjective}"
+    if form == 3:
+        feeling = rng.choice(("impressed", "pleased", "delighted") if good else ("annoyed", "disappointed", "upset"))
+        return f"the {adjective} {noun} {feeling} us"
+    return f"the {noun} {'were' if plural else 'was'} {adverb}{adjective}"
+
+
+def write_review(rng: random.Random, venue: str, said: Sequence[tuple[str, str]]) -> str:
+    """A review that mentions ``said`` in order, with connectives that fit the polarities they join."""
+    parts: list[str] = []
+    if rng.random() < 0.6:
+        parts.append(f"{rng.choice(('we', 'i'))} {rng.choice(ARRIVALS)} the {venue} {rng.choice(TIMES)} .")
+    open_sentence = False
+    for i, (aspect, polarity) in enumerate(said):
+        clause = _clause(rng, aspect, polarity)
+        same = i > 0 and said[i - 1][1] == polarity
+        if open_sentence:
+            parts += [
+                ", and" if same and rng.random() < 0.5 else "and" if same else rng.choice((", but", ", yet")),
+                clause,
+                ".",
+            ]
+            open_sentence = False
+            continue
+        if i > 0 and rng.random() < 0.5:
+            parts.append(rng.choice(("also ,", "moreover ,")) if same else "however ,")
+        elif rng.random() < 0.2:
+            parts.append(f"{rng.choice(TONE_GOOD[:2] if polarity == GOOD else TONE_BAD[:2])} ,")
+        parts.append(clause)
+        open_sentence = i + 1 < len(said) and rng.random() < 0.5
+        if not open_sentence:
+            parts.append(".")
+    if rng.random() < 0.45:
+        good = sum(polarity == GOOD for _, polarity in said) * 2 >= len(said)
+        parts.append(
+            rng.choice(
+                (
+                    f"overall a {rng.choice(TONE_GOOD[3:7] if good else TONE_BAD[3:7])} visit .",
+                    f"we will {rng.choice(('gladly', 'happily')) if good else 'reluctantly'} return .",
+                    "we will return soon ." if good else "we will never return .",
+                )
+            )
+        )
+    return " ".join(parts)
+
+
+def _flawed(rng: random.Random, asked: Sequence[tuple[str, str]], flaws: Flaws) -> list[tuple[str, str]]:
+    said = list(asked)
+    for i in range(len(said) - 1):
+        if rng.random() < flaws.swap:
+            said[i], said[i + 1] = said[i + 1], said[i]
+    out: list[tuple[str, str]] = []
+    for aspect, polarity in said:
+        if rng.random() < flaws.omit:
+            continue
+        if rng.random() < flaws.contradict:
+            polarity = BAD if polarity == GOOD else GOOD
+        out.append((aspect, polarity))
+        if rng.random() < flaws.repeat:
+            out.append((aspect, polarity if rng.random() < 0.5 else (BAD if polarity == GOOD else GOOD)))
+    if rng.random() < flaws.add:
+        asked_names = {aspect for aspect, _ in asked}
+        extra = rng.choice([name for name in ASPECTS if name not in asked_names])
+        out.insert(rng.randint(0, len(out)), (extra, rng.choice((GOOD, BAD))))
+    return out or [(asked[0][0], asked[0][1])]
+
+
+def sample_asked(rng: random.Random, low: int = 3, high: int = 4) -> tuple[tuple[str, str], ...]:
+    """``low`` to ``high`` different aspects, each with a random polarity, in a random order."""
+    names = rng.sample(list(ASPECTS), rng.randint(low, high))
+    return tuple((name, rng.choice((GOOD, BAD))) for name in names)
+
+
+def generate_reviews(n: int, seed: int, *, open_share: float = 0.25, flaws: Flaws | None = None) -> list[Review]:
+    """``n`` training examples. ``open_share`` of them carry the open prompt, under which any aspects may be mentioned.
+
+    ``flaws=Flaws(0, 0, 0, 0, 0)`` gives perfect reviews. The same arguments give the same list on every machine.
+    """
+    rng = random.Random(f"vgf_llm reviews {seed}")  # a string seed is hashed the same way on every platform
+    flaws = Flaws() if flaws is None else flaws
+    reviews = []
+    for _ in range(n):
+        venue = rng.choice(VENUES)
+        if rng.random() < open_share:
+            said = sample_asked(rng, 2, 4)
+            reviews.append(Review(format_prompt(venue, ()), write_review(rng, venue, said), venue))
+        else:
+            asked = sample_asked(rng)
+            completion = write_review(rng, venue, _flawed(rng, asked, flaws))
+            reviews.append(Review(format_prompt(venue, asked), completion, venue, asked))
+    return reviews
+
+
+def generate_prompts(n: int, seed: int, task: str) -> list[str]:
+    """``n`` prompts for ``task`` ("content": aspects asked for; "tone": the open prompt of a random place)."""
+    rng = random.Random(f"vgf_llm prompts {task} {seed}")
+    if task == "content":
+        return [format_prompt(rng.choice(VENUES), sample_asked(rng)) for _ in range(n)]
+    if task == "tone":
+        return [format_prompt(rng.choice(VENUES), ()) for _ in range(n)]
+    raise ValueError(f"unknown task {task!r}: choose 'content' or 'tone'")
+
+
+def vocabulary() -> list[str]:
+    """Every word the grammar can write, sorted."""
+    words: set[str] = set(
+        "| : . , and but yet while also moreover however overall a visit we i us will return the".split()
+    )
+    words |= set(VENUES) | set(ASPECTS) | {GOOD, BAD} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
+    words |= set(TONE_GOOD) | set(TONE_BAD) | {w for time in TIMES for w in time.split()}
+    words |= set("found thought seemed looked felt was were".split())
+    for a in ASPECTS.values():
+        words |= {*a.singular, *a.plural, *a.good, *a.bad}
+    return sorted(words)
+
+
+def mentions(text: str) -> tuple[list[tuple[str, str]], int]:
+    """What a text says: the ``(aspect, polarity)`` of every clause in order, and how many clauses make no sense.
+
+    A clause makes no sense when an adjective meets a noun of another aspect ("the soup was rude"), or when a noun stands
+    without an adjective, or an adjective without a noun.
+    """
+    said: list[tuple[str, str]] = []
+    nonsense = 0
+    clause: list[str] = []
+    for word in [*text.split(), "."]:
+        if word not in CLAUSE_BREAKS:
+            clause.append(word)
+            continue
+        nouns = [_NOUN_ASPECT[w] for w in clause if w in _NOUN_ASPECT]
+        adjectives = [_ADJECTIVE[w] for w in clause if w in _ADJECTIVE]
+        if nouns or adjectives:
+            if len(nouns) == 1 and len(adjectives) == 1 and nouns[0] == adjectives[0][0]:
+                polarity = adjectives[0][1]
+                if sum(w in NEGATIONS for w in clause) % 2:
+                    polarity = BAD if polarity == GOOD else GOOD
+                said.append((nouns[0], polarity))
+            else:
+                nonsense += 1
+        clause = []
+    return said, nonsense
+
+
+def content_gold(prompt: str, text: str) -> float:
+    """Exact content-and-order reward: 1 is a perfect review, 0 says nothing that was asked, negative is possible.
+
+    ``(in_order - 0.5 * (contradicted + repeated + unasked + nonsense + unfinished)) / asked`` where ``in_order`` is the
+    length of the longest common subsequence of what was asked and what was said (first mentions, right polarity).
+    """
+    _, asked = parse_prompt(prompt)
+    if not asked:
+        raise ValueError(f"content_gold needs a prompt that asks for aspects, got the open prompt {prompt!r}")
+    said, nonsense = mentions(text)
+    polarity = dict(asked)
+    seen: set[str] = set()
+    first: list[tuple[str, str]] = []
+    faults = nonsense + (not text.rstrip().endswith("."))
+    for aspect, tone in said:
+        if aspect in seen or aspect not in polarity or polarity[aspect] != tone:
+            faults += 1
+        if aspect not in seen:
+            first.append((aspect, tone))
+        seen.add(aspect)
+    return (_common_subsequence(asked, first) - 0.5 * faults) / len(asked)
+
+
+def _common_subsequence(a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]]) -> int:
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above = row[:]
+        for j, y in enumerate(b):
+            row[j + 1] = above[j] + 1 if x == y else max(above[j + 1], row[j])
+    return row[-1]
+
+
+def tone_gold(prompt: str, text: str) -> float:
+    """Positive minus negative words, whatever the prompt and wherever they stand."""
+    words = text.split()
+    return float(sum(_VALENCE.get(w, 0) for i, w in enumerate(words) if w != "never" or words[i - 1 : i] == ["will"]))
+
+
+GOLD = {"content": content_gold, "tone": tone_gold}

@@ -1,0 +1,177 @@
+"""Differentiable rewards: one number through token ids and through input embeddings, and its gradient.
+
+A particle of the flow is the sequence of input embeddings of a completion. Several reward models make one reward,
+`mean - kappa * std` over calibrated members, in the gradient as in every comparison; the particle then holds the embeddings
+of all members side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class DifferentiableReward(nn.Module):
+    """One or several frozen sequence-classification models (`num_labels=1`) as a reward R(prompt, completion).
+
+    Coordinates: the embeddings of every member are divided by the root-mean-square distance between two tokens of its
+    table, so that 1 is "as far as from one token to another" in every model, and placed side by side.
+
+    Args:
+        models: a transformers model or a path or hub id, or a list of them.
+        processing_class: tokenizer of the policy; its vocabulary must be that of every member.
+        kappa: how many standard deviations over members are subtracted from their mean. Default 0.5, the value measured
+            with three members in docs/method.md. Without effect with one member.
+        calibration: `(mean, std)` of each member's raw score on samples of the base model; members are compared after
+            `(score - mean) / std`, and the reward is in units of that std. Default None: scores as they are.
+        model_init_kwargs: passed to `from_pretrained` where a path is given.
+
+    Raises:
+        ValueError: no model; `num_labels != 1`; another vocabulary; negative kappa; a calibration of another length.
+    """
+
+    def __init__(
+        self,
+        models: str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel],
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        kappa: float = 0.5,
+        calibration: Sequence[tuple[float, float]] | None = None,
+        model_init_kwargs: dict | None = None,
+    ) -> None:
+        super().__init__()
+        models = [models] if isinstance(models, (str, Path, PreTrainedModel)) else list(models)
+        if not models:
+            raise ValueError("reward_model is an empty list: give at least one sequence-classification model")
+        if kappa < 0:
+            raise ValueError(f"kappa must not be negative, got {kappa!r}; 0 is the mean over members")
+        if calibration is not None and len(calibration) != len(models):
+            raise ValueError(f"calibration has {len(calibration)} entries for {len(models)} reward models")
+        self.kappa = kappa
+        self.calibration = list(calibration) if calibration is not None else [(0.0, 1.0)] * len(models)
+        self.members = nn.ModuleList(_load(model, processing_class, model_init_kwargs or {}) for model in models)
+        scales, widths = [], []
+        for member in self.members:
+            table = member.get_input_embeddings().weight.detach().float()[: len(processing_class)]
+            # E|a - b|^2 = 2 * total variance, for two tokens drawn at random.
+            scales.append(float((2 * table.var(0, correction=0).sum()).sqrt()))
+            widths.append(table.shape[1])
+        self._scales, self._widths = scales, widths
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+    @property
+    def width(self) -> int:
+        """D of a particle: the embedding widths of all members together."""
+        return sum(self._widths)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., D] of token ids [...], in the coordinates of the flow (see the class)."""
+        parts = [m.get_input_embeddings()(ids) / s for m, s in zip(self.members, self._scales, strict=True)]
+        return torch.cat([part.float() for part in parts], -1)
+
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Reward [R] of completions given as embeddings [R, T, D]; prompts [R, P], masks bool."""
+        scores = self._member_scores(prompt_ids, prompt_mask, embeds, mask)
+        return self.aggregate(scores)
+
+    def aggregate(self, scores: Tensor) -> Tensor:
+        """`mean - kappa * std` over members of raw scores [members, ...] -> [...] (uncorrected std, Coste et al. 2023)."""
+        shape = (-1,) + (1,) * (scores.ndim - 1)
+        mean, std = (torch.tensor(c, device=scores.device).view(shape) for c in zip(*self.calibration, strict=True))
+        scores = (scores - mean) / std
+        if len(self.members) == 1:
+            return scores[0]
+        # The gradient of a std at zero is not defined; the floor is far below any score.
+        return scores.mean(0) - self.kappa * (scores.var(0, correction=0) + 1e-12).sqrt()
+
+    def score_ids(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Reward [R] of token ids [R, T]: the same path as for embeddings, so the same number."""
+        with torch.no_grad():
+            return self(prompt_ids, prompt_mask, self.embed(ids), mask)
+
+    def member_scores_ids(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw scores [members, R] of token ids [R, T]."""
+        with torch.no_grad():
+            return self._member_scores(prompt_ids, prompt_mask, self.embed(ids), mask)
+
+    def value_and_grad(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Reward [R] and its gradient [R, T, D] at embeddings, in float32.
+
+        Raises:
+            ValueError: the reward does not depend on its input embeddings.
+        """
+        with torch.enable_grad():
+            leaf = embeds.detach().float().requires_grad_()
+            values = self(prompt_ids, prompt_mask, leaf, mask)
+            if not values.requires_grad:
+                raise ValueError(
+                    "the reward model yields no gradient at its input embeddings: its forward detaches them or runs under "
+                    "no_grad/inference_mode; give a differentiable model, or steps=0 to select by reward only"
+                )
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach(), gradient
+
+    def _member_scores(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        # Prompt and completion are joined and moved to the right: every row then ends in the last slot, which is where a
+        # sequence-classification head has to look, whatever the padding token is.
+        attention = torch.cat([prompt_mask, mask], 1)
+        order = attention.int().argsort(dim=1, stable=True)
+        attention = attention.gather(1, order)
+        positions = (attention.long().cumsum(1) - 1).clamp_min(0)
+        scores, start = [], 0
+        for member, scale, width in zip(self.members, self._scales, self._widths, strict=True):
+            part = embeds[..., start : start + width] * scale
+            start += width
+            prompt = member.get_input_embeddings()(prompt_ids)
+            joined = torch.cat([prompt, part.to(prompt.dtype)], 1)
+            joined = joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
+            backbone = getattr(member, member.base_model_prefix)
+            hidden = backbone(inputs_embeds=joined, attention_mask=attention.long(), position_ids=positions)[0]
+            scores.append(member.score(hidden[:, -1])[:, 0].float())
+        return torch.stack(scores)
+
+
+def _load(
+    model: str | Path | PreTrainedModel, processing_class: PreTrainedTokenizerBase, init_kwargs: dict
+) -> PreTrainedModel:
+    name = str(model)
+    if isinstance(model, (str, Path)):
+        _check_vocabulary(AutoTokenizer.from_pretrained(name), processing_class, name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **init_kwargs})
+    else:
+        name = model.config._name_or_path or type(model).__name__
+    if model.config.num_labels != 1:
+        raise ValueError(f"reward model {name} has num_labels={model.config.num_labels}: a reward needs num_labels=1")
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"reward model {name} ({type(model).__name__}) has no `score` head on its last token: use a decoder-style "
+            "AutoModelForSequenceClassification"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(processing_class):
+        raise ValueError(
+            f"reward model {name} embeds {rows} tokens, but the policy's tokenizer has {len(processing_class)}: gradients "
+            "need one vocabulary; use a reward model trained with the policy's tokenizer"
+        )
+    return model
+
+
+def _check_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str) -> None:
+    a, b = theirs.get_vocab(), ours.get_vocab()
+    if a != b:
+        differ = sorted(set(a.items()) ^ set(b.items()), key=lambda item: item[1])
+        raise ValueError(
+            f"reward model {name} has another vocabulary than the policy ({len(a)} and {len(b)} tokens, e.g. "
+            f"{differ[0][0]!r}): the flow moves embeddings of one vocabulary; use a reward model trained with the policy's "
+            "tokenizer"
+        )
