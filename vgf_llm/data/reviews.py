@@ -3,14 +3,14 @@
 A prompt names a place and, for the *content* task, the aspects to speak about, each with a polarity and in the order in
 which they have to be mentioned::
 
-    hotel | food good | staff bad | price good :
+    hotel food+ staff- price+ :
 
 A review answers in a few sentences::
 
-    we visited the hotel last week . the soup was really tasty , but the waiter seemed rude . also , i found the bill fair .
+    we visited the hotel last week . the soup was really superb , but the waiter seemed lousy . however , i found the bill fine .
 
-The grammar asks a language model for agreement in number, for connectives that fit the polarities they join, for adjectives
-that fit their noun and for negation ("was not fresh" is bad). The texts a model is trained on are *flawed on purpose*
+The grammar asks a language model for agreement in number, for nouns that fit the aspect, for adjectives, verbs, connectives
+and feelings that fit the polarities they express or join, and for negation ("was not superb" is bad). The texts a model is trained on are *flawed on purpose*
 (``Flaws``): aspects are left out, contradicted, swapped, repeated or added, so that sampling from the model leaves something
 to gain.
 
@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 
 
 GOOD, BAD = "good", "bad"
+SIGN = {GOOD: "+", BAD: "-"}
+POLARITY = {sign: polarity for polarity, sign in SIGN.items()}
 
 VENUES = (
     "hotel", "cafe", "restaurant", "museum", "gym", "library", "bakery", "hostel",
@@ -37,12 +39,10 @@ VENUES = (
 
 @dataclass(frozen=True)
 class Aspect:
-    """Words for one aspect: nouns in both numbers and adjectives of both polarities that only this aspect takes."""
+    """Nouns for one aspect, in both numbers. No noun serves two aspects."""
 
     singular: tuple[str, ...]
     plural: tuple[str, ...]
-    good: tuple[str, ...]
-    bad: tuple[str, ...]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -50,103 +50,31 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 ASPECTS: dict[str, Aspect] = {
-    "food": Aspect(
-        _words("food meal soup bread dessert salad"),
-        _words("dishes pastries snacks"),
-        _words("delicious tasty fresh flavourful appetising"),
-        _words("bland stale greasy tasteless undercooked"),
-    ),
-    "staff": Aspect(
-        _words("waiter manager receptionist host porter"),
-        _words("attendants clerks guides"),
-        _words("friendly helpful polite attentive courteous"),
-        _words("rude careless grumpy impatient arrogant"),
-    ),
-    "price": Aspect(
-        _words("price bill fee cost tariff"),
-        _words("prices rates charges"),
-        _words("fair reasonable modest affordable sensible"),
-        _words("excessive outrageous steep inflated unjustified"),
-    ),
-    "room": Aspect(
-        _words("room hall lobby interior corridor"),
-        _words("seats chairs tables"),
-        _words("spacious bright elegant tidy stylish"),
-        _words("cramped gloomy shabby dusty wobbly"),
-    ),
-    "music": Aspect(
-        _words("music band playlist pianist singer"),
-        _words("songs melodies concerts"),
-        _words("soothing lively charming melodic uplifting"),
-        _words("deafening tedious tuneless monotonous shrill"),
-    ),
-    "location": Aspect(
-        _words("location street neighbourhood view district"),
-        _words("surroundings views streets"),
-        _words("scenic convenient peaceful central safe"),
-        _words("remote dangerous dreary isolated polluted"),
-    ),
-    "wifi": Aspect(
-        _words("wifi internet connection network signal"),
-        _words("computers screens printers"),
-        _words("fast stable seamless reliable responsive"),
-        _words("slow unstable patchy useless outdated"),
-    ),
-    "drinks": Aspect(
-        _words("coffee tea wine juice lemonade"),
-        _words("drinks cocktails beers"),
-        _words("rich aromatic smooth refreshing mellow"),
-        _words("bitter watery lukewarm sour flat"),
-    ),
-    "bathroom": Aspect(
-        _words("bathroom shower sink toilet mirror"),
-        _words("towels taps tiles"),
-        _words("spotless clean modern hygienic gleaming"),
-        _words("filthy broken mouldy leaking smelly"),
-    ),
-    "bed": Aspect(
-        _words("bed mattress blanket sofa duvet"),
-        _words("pillows sheets cushions"),
-        _words("comfortable soft cosy warm plush"),
-        _words("lumpy stiff itchy saggy torn"),
-    ),
-    "garden": Aspect(
-        _words("garden terrace courtyard pond lawn"),
-        _words("flowers trees fountains"),
-        _words("lush beautiful serene blooming fragrant"),
-        _words("neglected muddy overgrown barren withered"),
-    ),
-    "crowd": Aspect(
-        _words("crowd queue audience company clientele"),
-        _words("guests visitors neighbours"),
-        _words("calm cheerful orderly considerate relaxed"),
-        _words("noisy chaotic hostile unruly pushy"),
-    ),
-    "parking": Aspect(
-        _words("parking garage driveway entrance ramp"),
-        _words("spaces barriers lifts"),
-        _words("ample accessible sheltered marked handy"),
-        _words("scarce blocked narrow flooded confusing"),
-    ),
-    "light": Aspect(
-        _words("lighting lamp chandelier daylight lantern"),
-        _words("lights candles bulbs"),
-        _words("warming radiant mellowing flattering golden"),
-        _words("glaring flickering dim harsh blinding"),
-    ),
-    "tour": Aspect(
-        _words("tour exhibition talk show lecture"),
-        _words("exhibits paintings performances"),
-        _words("fascinating witty original inspiring informative"),
-        _words("boring shallow rushed predictable pretentious"),
-    ),
-    "climate": Aspect(
-        _words("heating ventilation temperature air draught"),
-        _words("radiators fans windows"),
-        _words("pleasant mild airy balanced gentle"),
-        _words("stuffy freezing humid sweltering icy"),
-    ),
+    "food": Aspect(_words("food meal soup bread dessert salad menu"), _words("dishes pastries snacks")),
+    "staff": Aspect(_words("staff waiter manager receptionist host porter"), _words("attendants clerks guides")),
+    "price": Aspect(_words("price bill fee cost tariff deal"), _words("prices rates charges")),
+    "room": Aspect(_words("room hall lobby interior corridor balcony"), _words("seats chairs tables")),
+    "music": Aspect(_words("music band playlist pianist singer orchestra"), _words("songs melodies concerts")),
+    "location": Aspect(_words("location street neighbourhood district area"), _words("surroundings views streets")),
+    "wifi": Aspect(_words("wifi internet connection network signal website"), _words("computers screens printers")),
+    "drinks": Aspect(_words("coffee tea wine juice lemonade cider"), _words("drinks cocktails beers")),
+    "bath": Aspect(_words("bathroom shower sink toilet mirror sauna"), _words("towels taps tiles")),
+    "bed": Aspect(_words("bed mattress blanket sofa duvet hammock"), _words("pillows sheets cushions")),
+    "garden": Aspect(_words("garden terrace courtyard pond lawn patio"), _words("flowers trees fountains")),
+    "crowd": Aspect(_words("crowd queue audience company clientele"), _words("guests visitors neighbours")),
+    "parking": Aspect(_words("parking garage driveway entrance ramp"), _words("spaces barriers lifts")),
+    "light": Aspect(_words("lighting lamp chandelier daylight lantern"), _words("lights candles bulbs")),
+    "tour": Aspect(_words("tour exhibition talk show lecture workshop"), _words("exhibits paintings performances")),
+    "climate": Aspect(_words("heating ventilation temperature air draught"), _words("radiators fans windows")),
 }
+ADJECTIVES_GOOD = _words(
+    "superb lovely fantastic great charming splendid pleasant delightful brilliant impressive remarkable fine amazing "
+    "outstanding exceptional marvellous stunning nice first-rate magnificent enjoyable flawless likeable welcoming"
+)
+ADJECTIVES_BAD = _words(
+    "horrible nasty poor shabby miserable dismal unpleasant mediocre dull lousy shameful inferior hideous "
+    "unacceptable depressing ghastly pathetic grim second-rate appalling tiresome defective hopeless hostile"
+)
 
 NEGATIONS = ("not", "never", "hardly")
 ADVERBS = ("really", "very", "quite", "rather", "truly", "extremely", "surprisingly", "fairly")
@@ -155,25 +83,23 @@ TIMES = (
     "during the holidays", "for my birthday", "after work", "with friends", "with my family", "before the concert",
 )  # fmt: skip
 ARRIVALS = ("visited", "chose", "entered", "tried", "discovered", "booked")
+VERBS = ("noticed", "remember", "had", "saw", "describe")
+VERBS_GOOD = ("enjoyed", "loved", "praised")
+VERBS_BAD = ("endured", "hated", "regretted")
 # Words that set the tone without speaking about an aspect.
-TONE_GOOD = _words("luckily happily gladly wonderful excellent memorable perfect delighted impressed pleased soon")
+TONE_GOOD = _words("luckily happily gladly wonderful excellent memorable perfect delighted impressed pleased soon enjoyed loved praised")
 TONE_BAD = _words(
     "sadly unfortunately reluctantly dreadful awful disappointing terrible annoyed disappointed upset never"
 )
 CLAUSE_BREAKS = frozenset((".", ",", "and", "but", "yet", "while", "although", "however", "also", "moreover"))
 
 _NOUN_ASPECT = {noun: name for name, a in ASPECTS.items() for noun in a.singular + a.plural}
-_ADJECTIVE = {
-    word: (name, polarity)
-    for name, a in ASPECTS.items()
-    for polarity, words in ((GOOD, a.good), (BAD, a.bad))
-    for word in words
-}
+_ADJECTIVE = dict.fromkeys(ADJECTIVES_GOOD, GOOD) | dict.fromkeys(ADJECTIVES_BAD, BAD)
 # "never" is a negation inside a clause and a verdict in "we will never return": only the latter counts for tone.
 _VALENCE = (
     {word: 1 for word in TONE_GOOD}
     | {word: -1 for word in TONE_BAD}
-    | {word: 1 if polarity == GOOD else -1 for word, (_, polarity) in _ADJECTIVE.items()}
+    | {word: 1 if polarity == GOOD else -1 for word, polarity in _ADJECTIVE.items()}
 )
 
 
@@ -199,21 +125,20 @@ class Review:
 
 
 def format_prompt(venue: str, asked: Sequence[tuple[str, str]]) -> str:
-    """``("hotel", [("food", "good")])`` -> ``"hotel | food good :"``; nothing asked gives the open prompt ``"hotel :"``."""
-    return " ".join([venue, *(f"| {aspect} {polarity}" for aspect, polarity in asked), ":"])
+    """``("hotel", [("food", "good")])`` -> ``"hotel food+ :"``; nothing asked gives the open prompt ``"hotel :"``."""
+    return " ".join([venue, *(aspect + SIGN[polarity] for aspect, polarity in asked), ":"])
 
 
 def parse_prompt(prompt: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Inverse of ``format_prompt``. Raises ``ValueError`` on anything that it could not have written."""
     words = prompt.split()
     if len(words) < 2 or words[-1] != ":" or words[0] not in VENUES:
-        raise ValueError(f"not a prompt of the embedded data set: {prompt!r} (expected e.g. 'hotel | food good :')")
-    parts = " ".join(words[1:-1]).split("|")
-    asked = tuple(tuple(part.split()) for part in parts[1:])
-    for item in asked:
-        if len(item) != 2 or item[0] not in ASPECTS or item[1] not in (GOOD, BAD):
-            raise ValueError(f"not a prompt of the embedded data set: {prompt!r} ('| {' '.join(item)}' is no aspect)")
-    return words[0], asked  # type: ignore[return-value]
+        raise ValueError(f"not a prompt of the embedded data set: {prompt!r} (expected e.g. 'hotel food+ staff- :')")
+    asked = tuple((word[:-1], POLARITY.get(word[-1], "")) for word in words[1:-1])
+    for word, (aspect, polarity) in zip(words[1:-1], asked, strict=True):
+        if aspect not in ASPECTS or not polarity:
+            raise ValueError(f"not a prompt of the embedded data set: {prompt!r} ({word!r} is no aspect with + or -)")
+    return words[0], asked
 
 
 def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
@@ -223,28 +148,32 @@ def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
     noun = rng.choice(a.plural if plural else a.singular)
     good = polarity == GOOD
     if rng.random() < 0.15:  # say it by negating the opposite
-        adjective = rng.choice(a.bad if good else a.good)
+        adjective = rng.choice(ADJECTIVES_BAD if good else ADJECTIVES_GOOD)
         be = "were" if plural else "was"
         return f"the {noun} {be} {rng.choice(NEGATIONS)} {adjective}"
-    adjective = rng.choice(a.good if good else a.bad)
-    adverb = f"{rng.choice(ADVERBS)} " if rng.random() < 0.4 else ""
-    form = rng.randrange(6)
+    adjective = rng.choice(ADJECTIVES_GOOD if good else ADJECTIVES_BAD)
+    adverb = f"{rng.choice(ADVERBS)} " if rng.random() < 0.3 else ""
+    form = rng.randrange(8)
     if form == 0:
         return f"i found the {noun} {adverb}{adjective}"
     if form == 1:
-        return f"we thought the {noun} {'were' if plural else 'was'} {adverb}{adjective}"
+        return f"the {noun} {'were' if plural else 'was'} {adverb}{adjective}"
     if form == 2:
         return f"the {noun} {rng.choice(('seemed', 'looked', 'felt'))} {adverb}{adjective}"
     if form == 3:
-        feeling = rng.choice(("impressed", "pleased", "delighted") if good else ("annoyed", "disappointed", "upset"))
-        return f"the {adjective} {noun} {feeling} us"
-    return f"the {noun} {'were' if plural else 'was'} {adverb}{adjective}"
+        return f"{rng.choice(('i', 'we'))} {rng.choice(VERBS_GOOD if good else VERBS_BAD)} the {adjective} {noun}"
+    if form == 4:
+        return f"{rng.choice(('i', 'we'))} {rng.choice(VERBS)} the {adverb}{adjective} {noun}"
+    if form == 5:
+        return f"there {'were' if plural else 'was'} {rng.choice(('some', 'this', 'that')) if not plural else 'some'} {adverb}{adjective} {noun}"
+    feeling = rng.choice(("impressed", "pleased", "delighted") if good else ("annoyed", "disappointed", "upset"))
+    return f"the {adverb}{adjective} {noun} {feeling} us"
 
 
 def write_review(rng: random.Random, venue: str, said: Sequence[tuple[str, str]]) -> str:
     """A review that mentions ``said`` in order, with connectives that fit the polarities they join."""
     parts: list[str] = []
-    if rng.random() < 0.6:
+    if rng.random() < 0.35:
         parts.append(f"{rng.choice(('we', 'i'))} {rng.choice(ARRIVALS)} the {venue} {rng.choice(TIMES)} .")
     open_sentence = False
     for i, (aspect, polarity) in enumerate(said):
@@ -266,7 +195,7 @@ def write_review(rng: random.Random, venue: str, said: Sequence[tuple[str, str]]
         open_sentence = i + 1 < len(said) and rng.random() < 0.5
         if not open_sentence:
             parts.append(".")
-    if rng.random() < 0.45:
+    if rng.random() < 0.35:
         good = sum(polarity == GOOD for _, polarity in said) * 2 >= len(said)
         parts.append(
             rng.choice(
@@ -307,7 +236,7 @@ def sample_asked(rng: random.Random, low: int = 3, high: int = 4) -> tuple[tuple
     return tuple((name, rng.choice((GOOD, BAD))) for name in names)
 
 
-def generate_reviews(n: int, seed: int, *, open_share: float = 0.25, flaws: Flaws | None = None) -> list[Review]:
+def generate_reviews(n: int, seed: int, *, open_share: float = 0.2, flaws: Flaws | None = None) -> list[Review]:
     """``n`` training examples. ``open_share`` of them carry the open prompt, under which any aspects may be mentioned.
 
     ``flaws=Flaws(0, 0, 0, 0, 0)`` gives perfect reviews. The same arguments give the same list on every machine.
@@ -321,7 +250,8 @@ def generate_reviews(n: int, seed: int, *, open_share: float = 0.25, flaws: Flaw
             said = sample_asked(rng, 2, 4)
             reviews.append(Review(format_prompt(venue, ()), write_review(rng, venue, said), venue))
         else:
-            asked = sample_asked(rng)
+            # Short requests teach what a word of the prompt means long before long ones teach the order.
+            asked = sample_asked(rng, 1, 4)
             completion = write_review(rng, venue, _flawed(rng, asked, flaws))
             reviews.append(Review(format_prompt(venue, asked), completion, venue, asked))
     return reviews
@@ -342,19 +272,17 @@ def vocabulary() -> list[str]:
     words: set[str] = set(
         "| : . , and but yet while also moreover however overall a visit we i us will return the".split()
     )
-    words |= set(VENUES) | set(ASPECTS) | {GOOD, BAD} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
-    words |= set(TONE_GOOD) | set(TONE_BAD) | {w for time in TIMES for w in time.split()}
-    words |= set("found thought seemed looked felt was were".split())
-    for a in ASPECTS.values():
-        words |= {*a.singular, *a.plural, *a.good, *a.bad}
+    words |= set(VENUES) | {aspect + sign for aspect in ASPECTS for sign in POLARITY} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
+    words |= {*VERBS, *VERBS_GOOD, *VERBS_BAD} | set(TONE_GOOD) | set(TONE_BAD) | {w for time in TIMES for w in time.split()}
+    words |= set("found seemed looked felt was were there some this that".split())
+    words |= set(_NOUN_ASPECT) | set(_ADJECTIVE)
     return sorted(words)
 
 
 def mentions(text: str) -> tuple[list[tuple[str, str]], int]:
     """What a text says: the ``(aspect, polarity)`` of every clause in order, and how many clauses make no sense.
 
-    A clause makes no sense when an adjective meets a noun of another aspect ("the soup was rude"), or when a noun stands
-    without an adjective, or an adjective without a noun.
+    A clause makes no sense when a noun stands without an adjective, an adjective without a noun, or two of either in one.
     """
     said: list[tuple[str, str]] = []
     nonsense = 0
@@ -366,8 +294,8 @@ def mentions(text: str) -> tuple[list[tuple[str, str]], int]:
         nouns = [_NOUN_ASPECT[w] for w in clause if w in _NOUN_ASPECT]
         adjectives = [_ADJECTIVE[w] for w in clause if w in _ADJECTIVE]
         if nouns or adjectives:
-            if len(nouns) == 1 and len(adjectives) == 1 and nouns[0] == adjectives[0][0]:
-                polarity = adjectives[0][1]
+            if len(nouns) == 1 and len(adjectives) == 1:
+                polarity = adjectives[0]
                 if sum(w in NEGATIONS for w in clause) % 2:
                     polarity = BAD if polarity == GOOD else GOOD
                 said.append((nouns[0], polarity))

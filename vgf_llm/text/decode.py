@@ -71,6 +71,7 @@ class BaseDistribution:
         temperature: of the base sampler, not of the flow. Default 1.0, as in TRL.
         top_k: 0 keeps all tokens. Default 0, as in TRL.
         top_p: 1.0 keeps all tokens. Default 1.0, as in TRL.
+        vocab_size: logits beyond it are dropped: models pad their vocabulary with rows that no token uses. Default None: all.
 
     Raises:
         ValueError: temperature <= 0, top_k < 0, or top_p outside (0, 1].
@@ -79,6 +80,7 @@ class BaseDistribution:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -90,7 +92,7 @@ class BaseDistribution:
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """log mu [..., V] in float32, -inf outside the support."""
-        logits = logits.float() / self.temperature
+        logits = logits[..., : self.vocab_size].float() / self.temperature
         if self.top_k and self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -8,6 +8,7 @@ of all members side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class DifferentiableReward(nn.Module):
             # E|a - b|^2 = 2 * total variance, for two tokens drawn at random.
             scales.append(float((2 * table.var(0, correction=0).sum()).sqrt()))
             widths.append(table.shape[1])
-        self._scales, self._widths = scales, widths
+        self._scales, self._widths, self._vocab_size = scales, widths, len(processing_class)
         self.requires_grad_(False).eval()
 
     @property
@@ -71,6 +72,12 @@ class DifferentiableReward(nn.Module):
     def width(self) -> int:
         """D of a particle: the embedding widths of all members together."""
         return sum(self._widths)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Embeddings [V, D] of the whole vocabulary, in the coordinates of the flow."""
+        with torch.no_grad():
+            return self.embed(torch.arange(self._vocab_size, device=self.device))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., D] of token ids [...], in the coordinates of the flow (see the class)."""

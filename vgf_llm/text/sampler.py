@@ -1,0 +1,399 @@
+"""VGFSampler: prompts -> particles -> transported -> selected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
+
+from . import decode
+from .decode import BaseDistribution, Decoded
+from .proxy import GradientAt, evaluation_points, token_advantages
+from .reward import DifferentiableReward
+
+
+Prompt = str | list[dict[str, str]]
+# Replaces the gradient [R, T, D] of a flow step, given mask [R, T] and noise keys [R]: what a control experiment needs.
+Direction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """All particles of B prompts, N each.
+
+    Attributes:
+        completions: [B][N] texts, special tokens left out.
+        completion_ids: [B][N] token ids up to and including the end-of-sequence token.
+        rewards: [B, N] through the token path.
+        logprobs: [B, N] under the base distribution, nats.
+        kl: [B, N] nats spent on the way here: sum_t KL(q_t || mu_t) over all accepted decodes; 0 for the initial ones.
+        log_ratio: [B, N] sum_t [log q_t(y_t) - log mu_t(y_t)] over the same decodes.
+    """
+
+    completions: list[list[str]]
+    completion_ids: list[list[list[int]]]
+    rewards: Tensor
+    logprobs: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+
+
+@dataclass(frozen=True)
+class VGFOutput:
+    """Result of `VGFSampler.sample` for B prompts.
+
+    Attributes:
+        completions: [B] selected texts, one per prompt.
+        completion_ids: [B] their token ids.
+        rewards: [B] their rewards.
+        initial: the particles as they were drawn.
+        transported: the particles after all rounds (an unmoved particle is its own result).
+        selected: [B] index of the selected completion among the N transported ones, or N + index among the initial ones.
+        trace: one flow trace per round, [L, B, N] per field.
+        generations: [B] base-model completions decoded per prompt: tokens decoded one by one, as multiples of the mean length
+            of the prompt's initial particles.
+    """
+
+    completions: list[str]
+    completion_ids: list[list[int]]
+    rewards: Tensor
+    initial: Particles
+    transported: Particles
+    selected: Tensor
+    trace: list[Trace]
+    generations: Tensor
+
+
+class VGFSampler:
+    """Samples completions of a base model and transports them along the gradient of a reward.
+
+    Per prompt: draw N particles; `budget.rounds` times: L flow steps on their embeddings, one decode under the resulting tilt
+    with the noise that made them (`decode.redecode`), rewards of the emitted tokens, and a particle moves only if its reward
+    rises. Then the best of transported and initial particles is selected: never worse than best-of-N under the reward, and
+    best-of-N itself at budget zero.
+
+    A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
+
+    Args:
+        model: causal language model, or a path or hub id. It is the base distribution mu and stays frozen.
+        reward_model: `DifferentiableReward`, or what it takes: sequence-classification model(s) or path(s).
+        processing_class: tokenizer of `model`; needed where a model object is given. Default: loaded from the path.
+        temperature, top_k, top_p: of the base distribution (`BaseDistribution`).
+        gradient_at: where the flow takes the gradient (`proxy.evaluation_points`). Default "path", the most faithful of the
+            three in docs/method.md.
+        candidates: tokens per position that a tilt may favour: the base model's own top-k. Default 64: every method that
+            kept text fluent restricts itself to tens or hundreds (docs/method.md).
+        horizon: how many positions after the first change a tilt holds (`decode.redecode`). None: to the end, right where
+            position does not matter; 0, the default: what follows a change is the base model's alone, since the gradient
+            speaks about a text that no longer exists.
+        flow_batch_size: completions in memory at once. Default 32.
+
+    Raises:
+        ValueError: no tokenizer for a model object, no padding or end-of-sequence token, another vocabulary in the reward
+            model, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_model: DifferentiableReward | str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel],
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        gradient_at: GradientAt = "path",
+        candidates: int = 64,
+        horizon: int | None = 0,
+        flow_batch_size: int = 32,
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(str(model))
+            model = AutoModelForCausalLM.from_pretrained(str(model))
+        if processing_class is None:
+            raise ValueError("give processing_class, the tokenizer of the model, where model is an object and not a path")
+        if processing_class.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`"
+            )
+        if candidates < 1 or flow_batch_size < 1 or (horizon is not None and horizon < 0):
+            raise ValueError(
+                f"candidates and flow_batch_size must be at least 1 and horizon None or at least 0, got "
+                f"{candidates}, {flow_batch_size}, {horizon}"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.processing_class = processing_class
+        if not isinstance(reward_model, DifferentiableReward):
+            reward_model = DifferentiableReward(reward_model, processing_class)
+        self.reward = reward_model.to(self.model.device)
+        self.base = BaseDistribution(temperature, top_k, top_p, vocab_size=len(processing_class))
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows < len(processing_class):
+            raise ValueError(
+                f"the model writes {rows} tokens, but its tokenizer has {len(processing_class)}: this is the tokenizer of "
+                "another model"
+            )
+        self.gradient_at = gradient_at
+        self.candidates = candidates
+        self.horizon = horizon
+        self.flow_batch_size = flow_batch_size
+        self.eos_ids = _eos_ids(model, processing_class)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        num_particles: int = 8,
+        budget: TransportBudget | None = None,
+        max_completion_length: int = 64,
+        seed: int = 0,
+        *,
+        verify: bool = True,
+        direction: Direction | None = None,
+        progress: bool = False,
+    ) -> VGFOutput:
+        """Sample, transport, verify and select.
+
+        Args:
+            prompts: strings in final form, or lists of chat messages (the chat template adds the generation prompt).
+            num_particles: N.
+            budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend.
+            max_completion_length: T, in tokens.
+            seed: of the noise.
+            verify: a particle moves only if its reward rises, and the initial particles stay in the selection. False gives
+                the raw population the flow made, for controls and diagnostics.
+            direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
+            progress: show a progress bar over chunks of prompts.
+
+        Raises:
+            ValueError: no prompt, N < 1, a prompt that does not fit the context, a reward that is not finite.
+        """
+        budget = TransportBudget() if budget is None else budget
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        prompt_ids = self._encode(prompts, max_completion_length)
+        per_chunk = max(1, self.flow_batch_size // num_particles)
+        chunks = [prompt_ids[i : i + per_chunk] for i in range(0, len(prompt_ids), per_chunk)]
+        parts = [
+            self._sample_chunk(chunk, num_particles, budget, max_completion_length, seed, verify, direction)
+            for chunk in tqdm(chunks, desc="prompts", disable=not progress)
+        ]
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    @torch.no_grad()
+    def _sample_chunk(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        budget: TransportBudget,
+        length: int,
+        seed: int,
+        verify: bool,
+        direction: Direction | None,
+    ) -> VGFOutput:
+        """One chunk of B prompts, on R = B * N rows."""
+        device = self.model.device
+        ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
+        keys = decode.row_keys(seed, prompts, n).to(device)
+        shape = (len(prompts), n)
+        initial = decode.sample(
+            self.model, ids, mask, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
+        )
+        ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        rewards = self._score(ids, mask, initial).view(shape)
+        state, state_rewards, traces = initial, rewards, []
+        new_tokens = initial.new_tokens.clone()
+        for index in range(0 if budget.is_zero else budget.rounds):
+            moved, trace = self._round(ids, mask, state, keys + (index + 1), budget, direction, shape)
+            traces.append(trace)
+            new_tokens += moved.new_tokens
+            moved_rewards = self._score(ids, mask, moved).view(shape)
+            take = moved_rewards > state_rewards if verify else torch.ones(shape, dtype=torch.bool, device=device)
+            state = _merge(state, moved, take.flatten())
+            state_rewards = torch.where(take, moved_rewards, state_rewards)
+        # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
+        pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
+        first, last = self._particles(initial, rewards), self._particles(state, state_rewards)
+        selected = best_of_n(pool)
+        texts = [(t + i)[k] for t, i, k in zip(last.completions, first.completions, selected.tolist(), strict=True)]
+        ids = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
+        drawn = initial.mask.sum(1).view(shape).float().mean(1)
+        return VGFOutput(
+            completions=texts,
+            completion_ids=ids,
+            rewards=pool.gather(1, selected[:, None])[:, 0],
+            initial=first,
+            transported=last,
+            selected=selected,
+            trace=traces,
+            generations=new_tokens.view(shape).sum(1) / drawn,
+        )
+
+    def _round(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        state: Decoded,
+        keys: Tensor,
+        budget: TransportBudget,
+        direction: Direction | None,
+        shape: tuple[int, int],
+    ) -> tuple[Decoded, Trace]:
+        """Flow on the embeddings of the current completions, then one decode under the tilt they give."""
+        length = int(state.mask.sum(1).max())
+        ids, mask = state.ids[:, :length], state.mask[:, :length]
+        tables = decode.read(self.model, prompt_ids, prompt_mask, ids, mask, self.base)
+        tokens, table = self.reward.embed(ids), self.reward.table
+        moves = mask & ~torch.isin(ids, self.eos_ids)
+
+        def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            points = evaluation_points(
+                particles.flatten(0, 1), tokens, tables.log_mu, table, moves, self.gradient_at, step, budget.steps
+            )
+            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
+            if direction is not None:
+                gradient = direction(gradient, moves, keys + step)
+            return values.view(shape), gradient.view(particles.shape)
+
+        start = tokens.view(*shape, *tokens.shape[1:])
+        flowed = transport(start, score_fn, budget, mask=moves.view(*shape, -1))
+        displacement = (flowed.particles - start).flatten(0, 1)
+        advantage = token_advantages(displacement, tables.log_mu, table, moves, self._neutral)
+        if self.candidates < advantage.shape[-1]:
+            kth = tables.log_mu.topk(self.candidates, -1).values[..., -1:]
+            advantage = advantage.masked_fill(tables.log_mu < kth, 0.0)
+        scale = decode.solve_scale(tables.log_mu, advantage, moves, budget.kl_budget)
+        tilt = scale[:, None, None] * advantage
+        moved = decode.redecode(
+            self.model, prompt_mask, state.ids, state.mask, tables, tilt, keys,
+            base=self.base, eos_ids=self.eos_ids, pad_id=self._pad, horizon=self.horizon,
+        )  # fmt: skip
+        return moved, flowed.trace
+
+    @property
+    def _pad(self) -> int:
+        return self.processing_class.pad_token_id
+
+    @property
+    def _neutral(self) -> Tensor:
+        return torch.cat([self.eos_ids, self.eos_ids.new_tensor([self._pad])])
+
+    def _encode(self, prompts: Sequence[Prompt], max_completion_length: int) -> list[list[int]]:
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError("prompts must be a non-empty list of strings or of lists of chat messages")
+        if max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {max_completion_length}")
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                ids = self.processing_class(prompt)["input_ids"]
+            else:
+                ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            if not ids:
+                raise ValueError(f"prompt {index} has no tokens: the base model needs at least one to start from")
+            if context is not None and len(ids) + max_completion_length > context:
+                raise ValueError(
+                    f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_completion_length} it does not "
+                    f"fit the context of {context}: shorten the prompt or lower max_completion_length"
+                )
+            encoded.append(list(ids))
+        return encoded
+
+    def _score(self, prompt_ids: Tensor, prompt_mask: Tensor, decoded: Decoded) -> Tensor:
+        length = int(decoded.mask.sum(1).max())
+        rewards = self.reward.score_ids(prompt_ids, prompt_mask, decoded.ids[:, :length], decoded.mask[:, :length])
+        if not rewards.isfinite().all():
+            row = int((~rewards.isfinite()).nonzero()[0])
+            text = self._text(decoded.ids[row], decoded.mask[row])
+            raise ValueError(
+                f"the reward of a completion is {rewards[row].item()}: check the reward model (dtype overflow, broken "
+                f"weights); the completion was {text!r}"
+            )
+        return rewards
+
+    def _text(self, ids: Tensor, mask: Tensor) -> str:
+        return self.processing_class.decode(ids[mask], skip_special_tokens=True)
+
+    def _particles(self, decoded: Decoded, rewards: Tensor) -> Particles:
+        b, n = rewards.shape
+        texts = [self._text(i, m) for i, m in zip(decoded.ids, decoded.mask, strict=True)]
+        ids = [i[m].tolist() for i, m in zip(decoded.ids, decoded.mask, strict=True)]
+        grid = [range(row * n, row * n + n) for row in range(b)]
+        return Particles(
+            completions=[[texts[i] for i in row] for row in grid],
+            completion_ids=[[ids[i] for i in row] for row in grid],
+            rewards=rewards,
+            logprobs=decoded.logprobs.view(b, n),
+            kl=decoded.kl.view(b, n),
+            log_ratio=decoded.log_ratio.view(b, n),
+        )
+
+
+def _join(parts: list[VGFOutput]) -> VGFOutput:
+    """The outputs of several chunks of prompts as one."""
+
+    def particles(several: list[Particles]) -> Particles:
+        return Particles(
+            completions=[row for p in several for row in p.completions],
+            completion_ids=[row for p in several for row in p.completion_ids],
+            **{name: torch.cat([getattr(p, name) for p in several]) for name in ("rewards", "logprobs", "kl", "log_ratio")},
+        )
+
+    def trace(several: tuple[Trace, ...]) -> Trace:
+        return Trace(
+            *(torch.cat([getattr(t, f.name) for t in several], 1) for f in fields(Trace)),
+        )
+
+    return VGFOutput(
+        completions=[c for p in parts for c in p.completions],
+        completion_ids=[c for p in parts for c in p.completion_ids],
+        rewards=torch.cat([p.rewards for p in parts]),
+        initial=particles([p.initial for p in parts]),
+        transported=particles([p.transported for p in parts]),
+        selected=torch.cat([p.selected for p in parts]),
+        trace=[trace(rounds) for rounds in zip(*(p.trace for p in parts), strict=True)],
+        generations=torch.cat([p.generations for p in parts]),
+    )
+
+
+def _merge(old: Decoded, new: Decoded, take: Tensor) -> Decoded:
+    """Row by row `new` where taken, else `old`. What was spent adds up over the rounds a particle moved in."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b, a)
+
+    return Decoded(
+        ids=choose(old.ids, new.ids),
+        mask=choose(old.mask, new.mask),
+        logprobs=choose(old.logprobs, new.logprobs),
+        kl=choose(old.kl, old.kl + new.kl),
+        log_ratio=choose(old.log_ratio, old.log_ratio + new.log_ratio),
+        new_tokens=old.new_tokens,
+    )
+
+
+def _left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, P], padded on the left."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def _eos_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> Tensor:
+    """All ids that end a completion: those of the generation config and that of the tokenizer."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = configured if isinstance(configured, list) else [configured]
+    ids = sorted({i for i in [*several, processing_class.eos_token_id] if i is not None})
+    if not ids:
+        raise ValueError("neither the model nor the tokenizer names an end-of-sequence token: set tokenizer.eos_token")
+    return torch.tensor(ids, device=model.device)
