@@ -33,7 +33,7 @@ POLARITY = {sign: polarity for polarity, sign in SIGN.items()}
 
 VENUES = (
     "hotel", "cafe", "restaurant", "museum", "gym", "library", "bakery", "hostel",
-    "cinema", "spa", "market", "theatre", "lodge", "tavern", "bistro", "gallery",
+    "cinema", "spa", "resort", "theatre", "lodge", "tavern", "bistro", "gallery",
 )  # fmt: skip
 
 
@@ -50,22 +50,30 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 ASPECTS: dict[str, Aspect] = {
-    "food": Aspect(_words("food meal soup bread dessert salad menu"), _words("dishes pastries snacks")),
-    "staff": Aspect(_words("staff waiter manager receptionist host porter"), _words("attendants clerks guides")),
-    "price": Aspect(_words("price bill fee cost tariff deal"), _words("prices rates charges")),
-    "room": Aspect(_words("room hall lobby interior corridor balcony"), _words("seats chairs tables")),
-    "music": Aspect(_words("music band playlist pianist singer orchestra"), _words("songs melodies concerts")),
-    "location": Aspect(_words("location street neighbourhood district area"), _words("surroundings views streets")),
-    "wifi": Aspect(_words("wifi internet connection network signal website"), _words("computers screens printers")),
-    "drinks": Aspect(_words("coffee tea wine juice lemonade cider"), _words("drinks cocktails beers")),
-    "bath": Aspect(_words("bathroom shower sink toilet mirror sauna"), _words("towels taps tiles")),
-    "bed": Aspect(_words("bed mattress blanket sofa duvet hammock"), _words("pillows sheets cushions")),
-    "garden": Aspect(_words("garden terrace courtyard pond lawn patio"), _words("flowers trees fountains")),
-    "crowd": Aspect(_words("crowd queue audience company clientele"), _words("guests visitors neighbours")),
-    "parking": Aspect(_words("parking garage driveway entrance ramp"), _words("spaces barriers lifts")),
-    "light": Aspect(_words("lighting lamp chandelier daylight lantern"), _words("lights candles bulbs")),
-    "tour": Aspect(_words("tour exhibition talk show lecture workshop"), _words("exhibits paintings performances")),
-    "climate": Aspect(_words("heating ventilation temperature air draught"), _words("radiators fans windows")),
+    "food": Aspect(
+        _words("food soup meal bread menu dessert salad breakfast dinner cheese cake fish rice coffee tea wine juice"),
+        _words("dishes snacks pastries noodles sandwiches drinks cocktails"),
+    ),
+    "staff": Aspect(
+        _words("staff waiter host manager porter receptionist cook guard owner barista butler chef doorman maid"),
+        _words("guides clerks waitresses attendants cleaners cashiers"),
+    ),
+    "price": Aspect(
+        _words("price bill cost fee tariff deal rate invoice discount deposit surcharge value tax"),
+        _words("prices charges offers vouchers tickets refunds"),
+    ),
+    "room": Aspect(
+        _words("room hall lobby bathroom balcony corridor interior ceiling carpet kitchen sofa bed shower mirror"),
+        _words("seats tables pillows curtains towels windows"),
+    ),
+    "music": Aspect(
+        _words("music band singer playlist pianist orchestra concert choir guitar violin melody duet karaoke"),
+        _words("songs melodies drummers speakers tunes dancers"),
+    ),
+    "place": Aspect(
+        _words("location street view district harbour neighbourhood area square avenue garden terrace park beach"),
+        _words("surroundings streets views shops trees fountains"),
+    ),
 }
 ADJECTIVES_GOOD = _words(
     "superb lovely fantastic great charming splendid pleasant delightful brilliant impressive remarkable fine amazing "
@@ -80,7 +88,7 @@ NEGATIONS = ("not", "never", "hardly")
 ADVERBS = ("really", "very", "quite", "rather", "truly", "extremely", "surprisingly", "fairly")
 TIMES = (
     "last week", "in spring", "on monday", "this summer", "a month ago", "on friday", "in october", "yesterday",
-    "during the holidays", "for my birthday", "after work", "with friends", "with my family", "before the concert",
+    "during the holidays", "for my birthday", "after work", "with friends", "with my family", "before the holidays",
 )  # fmt: skip
 ARRIVALS = ("visited", "chose", "entered", "tried", "discovered", "booked")
 VERBS = ("noticed", "remember", "had", "saw", "describe")
@@ -107,11 +115,11 @@ _VALENCE = (
 class Flaws:
     """Chance of each flaw in a training review. The values leave a base model that is right about half the time."""
 
-    omit: float = 0.10  # per asked aspect
-    contradict: float = 0.12  # per asked aspect
-    swap: float = 0.12  # per pair of neighbours
-    repeat: float = 0.08  # per asked aspect
-    add: float = 0.15  # per review: an aspect nobody asked for
+    omit: float = 0.08  # per asked aspect
+    contradict: float = 0.08  # per asked aspect
+    swap: float = 0.08  # per pair of neighbours
+    repeat: float = 0.06  # per asked aspect
+    add: float = 0.10  # per review: an aspect nobody asked for
 
 
 @dataclass(frozen=True)
@@ -141,18 +149,23 @@ def parse_prompt(prompt: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     return words[0], asked
 
 
+def _pick(rng: random.Random, words: Sequence[str]) -> str:
+    """Words come with Zipf frequencies, as in real text: a small model meets the frequent ones often enough to learn."""
+    return rng.choices(words, [1 / rank for rank in range(1, len(words) + 1)])[0]
+
+
 def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
     """One clause about one aspect, without the connective that leads to it."""
     a = ASPECTS[aspect]
     plural = rng.random() < 0.35
-    noun = rng.choice(a.plural if plural else a.singular)
+    noun = _pick(rng, a.plural if plural else a.singular)
     good = polarity == GOOD
     if rng.random() < 0.15:  # say it by negating the opposite
-        adjective = rng.choice(ADJECTIVES_BAD if good else ADJECTIVES_GOOD)
+        adjective = _pick(rng, ADJECTIVES_BAD if good else ADJECTIVES_GOOD)
         be = "were" if plural else "was"
         return f"the {noun} {be} {rng.choice(NEGATIONS)} {adjective}"
-    adjective = rng.choice(ADJECTIVES_GOOD if good else ADJECTIVES_BAD)
-    adverb = f"{rng.choice(ADVERBS)} " if rng.random() < 0.3 else ""
+    adjective = _pick(rng, ADJECTIVES_GOOD if good else ADJECTIVES_BAD)
+    adverb = f"{_pick(rng, ADVERBS)} " if rng.random() < 0.3 else ""
     form = rng.randrange(8)
     if form == 0:
         return f"i found the {noun} {adverb}{adjective}"
@@ -174,7 +187,7 @@ def write_review(rng: random.Random, venue: str, said: Sequence[tuple[str, str]]
     """A review that mentions ``said`` in order, with connectives that fit the polarities they join."""
     parts: list[str] = []
     if rng.random() < 0.35:
-        parts.append(f"{rng.choice(('we', 'i'))} {rng.choice(ARRIVALS)} the {venue} {rng.choice(TIMES)} .")
+        parts.append(f"{rng.choice(('we', 'i'))} {_pick(rng, ARRIVALS)} the {venue} {_pick(rng, TIMES)} .")
     open_sentence = False
     for i, (aspect, polarity) in enumerate(said):
         clause = _clause(rng, aspect, polarity)
@@ -230,7 +243,7 @@ def _flawed(rng: random.Random, asked: Sequence[tuple[str, str]], flaws: Flaws) 
     return out or [(asked[0][0], asked[0][1])]
 
 
-def sample_asked(rng: random.Random, low: int = 3, high: int = 4) -> tuple[tuple[str, str], ...]:
+def sample_asked(rng: random.Random, low: int = 2, high: int = 3) -> tuple[tuple[str, str], ...]:
     """``low`` to ``high`` different aspects, each with a random polarity, in a random order."""
     names = rng.sample(list(ASPECTS), rng.randint(low, high))
     return tuple((name, rng.choice((GOOD, BAD))) for name in names)
@@ -247,11 +260,11 @@ def generate_reviews(n: int, seed: int, *, open_share: float = 0.2, flaws: Flaws
     for _ in range(n):
         venue = rng.choice(VENUES)
         if rng.random() < open_share:
-            said = sample_asked(rng, 2, 4)
+            said = sample_asked(rng, 2, 3)
             reviews.append(Review(format_prompt(venue, ()), write_review(rng, venue, said), venue))
         else:
             # Short requests teach what a word of the prompt means long before long ones teach the order.
-            asked = sample_asked(rng, 1, 4)
+            asked = sample_asked(rng, 1, 3)
             completion = write_review(rng, venue, _flawed(rng, asked, flaws))
             reviews.append(Review(format_prompt(venue, asked), completion, venue, asked))
     return reviews

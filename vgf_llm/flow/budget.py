@@ -50,7 +50,7 @@ class TransportBudget:
     normalize: Normalize = "particle"
     max_displacement: float | None = None
     bandwidth: float | None = None
-    kl_budget: float | None = None
+    kl_budget: float = 2.0
     rounds: int = 1
 
     def __post_init__(self) -> None:

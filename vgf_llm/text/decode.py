@@ -211,12 +211,13 @@ def solve_scale(log_mu: Tensor, direction: Tensor, mask: Tensor, kl_budget: floa
     total = (variance.clamp_min(0) * mask).sum(-1)
     # Second order: KL = lam^2 / 2 * sum_t Var_mu(direction).
     first = torch.where(total > 0, (2 * kl_budget / total.clamp_min(1e-30)).sqrt(), 0.0)
-    low, high = first * 2.0**-6, first * 2.0**6
+    # Far wider: a direction towards one rare token, or uneven between positions, is nowhere near second order.
+    low, high = first * 2.0**-20, first * 2.0**20
     for _ in range(iterations):
-        middle = (low * high).sqrt()
+        middle = low.sqrt() * high.sqrt()
         spent = (kl(tilted(log_mu, middle[:, None, None] * direction), log_mu) * mask).sum(-1)
         low, high = torch.where(spent < kl_budget, middle, low), torch.where(spent < kl_budget, high, middle)
-    return torch.where(total > 0, (low * high).sqrt(), 0.0)
+    return torch.where(total > 0, low.sqrt() * high.sqrt(), 0.0)
 
 
 def hindsight(tables: Tables, ids: Tensor, keys: Tensor) -> Tensor:
@@ -232,7 +233,8 @@ def hindsight(tables: Tables, ids: Tensor, keys: Tensor) -> Tensor:
     log_mu = tables.log_mu
     minus_log_u = -torch.log(uniform(keys, HINDSIGHT_REST, positions, vocab)).float()
     noise = -torch.log((log_mu - top).exp() + minus_log_u)
-    return noise.scatter(-1, ids[..., None], top - log_mu.gather(-1, ids[..., None]))
+    said, plain = log_mu.gather(-1, ids[..., None]), noise.gather(-1, ids[..., None])
+    return noise.scatter(-1, ids[..., None], torch.where(said > -torch.inf, top - said, plain))
 
 
 @torch.no_grad()
@@ -269,7 +271,10 @@ def redecode(
     noise = hindsight(tables, draft, keys)
     log_q = tilted(tables.log_mu, tilt)
     # A row changes where another token overtakes strictly: at tilt zero the old token wins by construction.
-    perturbed = tables.log_mu + tilt + noise
+    # Capped before the tilt: rounding alone must not lift a rival over the token that won. A token that rounding has
+    # pushed out of the support (this forward is parallel, the one that said it was not) stays too; its log ratio is 0.
+    untilted = tables.log_mu + noise
+    perturbed = torch.minimum(untilted, untilted.gather(-1, draft[..., None])) + tilt
     old = perturbed.gather(-1, draft[..., None])[..., 0]
     rival, token = perturbed.scatter(-1, draft[..., None], -torch.inf).max(-1)
     overtaken = (rival > old) & inside
@@ -282,7 +287,7 @@ def redecode(
     spent = (kl(log_q, tables.log_mu) * reached).sum(1)
     pick = verified.masked_fill(~reached, 0)[..., None]
     log_mu_said = tables.log_mu.gather(-1, pick)[..., 0].masked_fill(~reached, 0)
-    log_ratio = (log_q.gather(-1, pick)[..., 0].masked_fill(~reached, 0) - log_mu_said).sum(1)
+    log_ratio = (log_q.gather(-1, pick)[..., 0].masked_fill(~reached, 0) - log_mu_said).nan_to_num(0.0).sum(1)
     logprobs = log_mu_said.sum(1)
     new_ids = torch.full_like(ids, pad_id)
     new_ids[:, :length] = verified

@@ -115,16 +115,11 @@ class DifferentiableReward(nn.Module):
         """Reward [R] and its gradient [R, T, D] at embeddings, in float32.
 
         Raises:
-            ValueError: the reward does not depend on its input embeddings.
+            ValueError: the score of a member does not depend on its input embeddings.
         """
         with torch.enable_grad():
             leaf = embeds.detach().float().requires_grad_()
             values = self(prompt_ids, prompt_mask, leaf, mask)
-            if not values.requires_grad:
-                raise ValueError(
-                    "the reward model yields no gradient at its input embeddings: its forward detaches them or runs under "
-                    "no_grad/inference_mode; give a differentiable model, or steps=0 to select by reward only"
-                )
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         return values.detach(), gradient
 
@@ -144,7 +139,15 @@ class DifferentiableReward(nn.Module):
             joined = joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
             backbone = getattr(member, member.base_model_prefix)
             hidden = backbone(inputs_embeds=joined, attention_mask=attention.long(), position_ids=positions)[0]
-            scores.append(member.score(hidden[:, -1])[:, 0].float())
+            score = member.score(hidden[:, -1])[:, 0].float()
+            # Member by member: one without gradient would not show in that of the whole ensemble.
+            if torch.is_grad_enabled() and embeds.requires_grad and not score.requires_grad:
+                raise ValueError(
+                    f"reward model {member.config._name_or_path or type(member).__name__} yields no gradient at its "
+                    "input embeddings: its forward detaches them or runs under no_grad/inference_mode; give a "
+                    "differentiable model, or steps=0 to select by reward only"
+                )
+            scores.append(score)
         return torch.stack(scores)
 
 

@@ -82,7 +82,8 @@ class VGFSampler:
     A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
 
     Args:
-        model: causal language model, or a path or hub id. It is the base distribution mu and stays frozen.
+        model: causal language model, or a path or hub id. It is the base distribution mu. Nothing here trains it or
+            touches `requires_grad`: the trainer samples from a model whose adapters are being trained.
         reward_model: `DifferentiableReward`, or what it takes: sequence-classification model(s) or path(s).
         processing_class: tokenizer of `model`; needed where a model object is given. Default: loaded from the path.
         temperature, top_k, top_p: of the base distribution (`BaseDistribution`).
@@ -128,7 +129,7 @@ class VGFSampler:
                 f"candidates and flow_batch_size must be at least 1 and horizon None or at least 0, got "
                 f"{candidates}, {flow_batch_size}, {horizon}"
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.processing_class = processing_class
         if not isinstance(reward_model, DifferentiableReward):
             reward_model = DifferentiableReward(reward_model, processing_class)
@@ -152,7 +153,7 @@ class VGFSampler:
         num_particles: int = 8,
         budget: TransportBudget | None = None,
         max_completion_length: int = 64,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         verify: bool = True,
         direction: Direction | None = None,
@@ -165,23 +166,29 @@ class VGFSampler:
             num_particles: N.
             budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend.
             max_completion_length: T, in tokens.
-            seed: of the noise.
+            seed: of the noise, one for all prompts or one per prompt: equal prompts with equal seeds get equal particles.
             verify: a particle moves only if its reward rises, and the initial particles stay in the selection. False gives
                 the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
             progress: show a progress bar over chunks of prompts.
 
         Raises:
-            ValueError: no prompt, N < 1, a prompt that does not fit the context, a reward that is not finite.
+            ValueError: no prompt, N < 1, another number of seeds than of prompts, a prompt that does not fit the context, a
+                reward that is not finite.
         """
         budget = TransportBudget() if budget is None else budget
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-        prompt_ids = self._encode(prompts, max_completion_length)
+        prompt_ids = self.encode(prompts, max_completion_length)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompt_ids)
+        if len(seeds) != len(prompt_ids):
+            raise ValueError(f"seed must be one number or one per prompt, got {len(seeds)} for {len(prompt_ids)} prompts")
         per_chunk = max(1, self.flow_batch_size // num_particles)
-        chunks = [prompt_ids[i : i + per_chunk] for i in range(0, len(prompt_ids), per_chunk)]
+        chunks = [slice(i, i + per_chunk) for i in range(0, len(prompt_ids), per_chunk)]
         parts = [
-            self._sample_chunk(chunk, num_particles, budget, max_completion_length, seed, verify, direction)
+            self._sample_chunk(
+                prompt_ids[chunk], num_particles, budget, max_completion_length, seeds[chunk], verify, direction
+            )
             for chunk in tqdm(chunks, desc="prompts", disable=not progress)
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -193,14 +200,14 @@ class VGFSampler:
         n: int,
         budget: TransportBudget,
         length: int,
-        seed: int,
+        seeds: list[int],
         verify: bool,
         direction: Direction | None,
     ) -> VGFOutput:
         """One chunk of B prompts, on R = B * N rows."""
         device = self.model.device
         ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
-        keys = decode.row_keys(seed, prompts, n).to(device)
+        keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         shape = (len(prompts), n)
         initial = decode.sample(
             self.model, ids, mask, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
@@ -284,7 +291,8 @@ class VGFSampler:
     def _neutral(self) -> Tensor:
         return torch.cat([self.eos_ids, self.eos_ids.new_tensor([self._pad])])
 
-    def _encode(self, prompts: Sequence[Prompt], max_completion_length: int) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Prompt], max_completion_length: int) -> list[list[int]]:
+        """Token ids of each prompt, as `sample` reads it; its errors are those of `sample`."""
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError("prompts must be a non-empty list of strings or of lists of chat messages")
         if max_completion_length < 1:

@@ -1,0 +1,68 @@
+"""VGFConfig: what it accepts, what it refuses, and that it survives a command line and a JSON file."""
+
+import json
+import warnings
+
+import pytest
+from transformers import HfArgumentParser
+
+from vgf_llm import TransportBudget, VGFConfig
+
+
+def test_flow_fields_make_the_budget(tmp_path):
+    args = VGFConfig(str(tmp_path), flow_steps=3, flow_step_size=0.5, flow_kl_budget=1.5, flow_rounds=2)
+    assert args.budget == TransportBudget(steps=3, step_size=0.5, kl_budget=1.5, rounds=2)
+    assert VGFConfig(str(tmp_path), flow_steps=0).budget.is_zero
+
+
+def test_defaults_neither_warn_nor_need_a_gpu(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        args = VGFConfig(str(tmp_path))
+    assert args.activation_checkpointing and args.remove_unused_columns is False
+
+
+def test_json_holds_everything_the_budget_needs(tmp_path):
+    saved = json.loads(VGFConfig(str(tmp_path), flow_kl_budget=0.7, flow_rounds=3).to_json_string())
+    fields = {name: value for name, value in saved.items() if name.startswith("flow_")}
+    assert VGFConfig(str(tmp_path), **fields).budget == TransportBudget(kl_budget=0.7, rounds=3)
+
+
+def test_every_field_can_be_set_on_a_command_line(tmp_path):
+    parser = HfArgumentParser(VGFConfig)
+    line = ["--output_dir", str(tmp_path), "--flow_steps", "2", "--best_k", "4", "--reward_model_init_kwargs"]
+    (args,) = parser.parse_args_into_dataclasses([*line, '{"num_labels": 1}'])
+    assert (args.flow_steps, args.best_k, args.reward_model_init_kwargs) == (2, 4, {"num_labels": 1})
+    assert "flow_kl_budget" in parser.format_help()  # an unescaped % in a help text would raise here
+
+
+def test_a_phase_defaults_to_one_optimizer_step(tmp_path):
+    sizes = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
+    args = VGFConfig(str(tmp_path), best_k=2, **sizes)
+    assert (args.prompts_per_micro_batch, args.steps_per_generation, args.prompts_per_phase) == (3, 4, 12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"best_k": 3}, r"per_device_train_batch_size \(8\).*best_k \(3\).*e\.g\. 9"),
+        ({"best_k": 16, "per_device_train_batch_size": 16}, r"best_k \(16\) must not exceed num_generations \(8\)"),
+        ({"best_k": 0}, "best_k must be at least 1"),
+        ({"num_generations": 0}, "num_generations must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
+        ({"flow_batch_size": 0}, "flow_batch_size must be at least 1"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            r"steps_per_generation \(3\).*gradient_accumulation_steps \(2\)",
+        ),
+        ({"steps_per_generation": 0}, r"steps_per_generation \(0\)"),
+        ({"target_temperature": 0.0}, "best_k=1 is its limit"),
+        ({"target_temperature": float("inf")}, "must be positive and finite"),
+        ({"flow_steps": -1}, "steps must be an integer of at least 0"),
+        ({"flow_kl_budget": -1.0}, "kl_budget is in nats"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_to_do(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        VGFConfig(str(tmp_path), **fields)
