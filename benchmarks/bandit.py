@@ -60,9 +60,7 @@ def behaviour() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 
 
-def fit(
-    critics: nn.ModuleList, velocity: nn.Module, actions: Tensor, rewards: Tensor, generator: torch.Generator
-) -> None:
+def fit(critics: nn.ModuleList, velocity: nn.Module, actions: Tensor, rewards: Tensor, generator: torch.Generator) -> None:
     """1500 Adam steps on the critics' squared error and the linear-path flow-matching error."""
     optimizer = torch.optim.Adam([*critics.parameters(), *velocity.parameters()], lr=1e-3, fused=True)
     for _ in range(1500):
@@ -157,9 +155,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         seeds = torch.tensor([[point[key] for point in run["curve"]] for run in runs])
         ax.fill_between(STEPS, seeds.amin(0), seeds.amax(0), color=colour, alpha=0.2, linewidth=0)
         ax.plot(STEPS, seeds.mean(0), color=colour, marker="o", markersize=4)
-        ax.annotate(
-            label, (STEPS[-1], seeds[:, -1].mean()), (-4, 9), "data", "offset points", color=colour, ha="right"
-        )
+        ax.annotate(label, (STEPS[-1], seeds[:, -1].mean()), (-4, 9), "data", "offset points", color=colour, ha="right")
     best_of_200 = sum(run["best_of_200"] for run in runs) / len(runs)
     ax.axhline(best_of_200, color="#555555", linestyle="--", linewidth=1)
     ax.annotate(

@@ -258,7 +258,5 @@ def test_human_references_score_high_in_their_own_order(real_examples):
 def test_recognisers_rarely_fire_where_the_mr_lacks_their_slot(real_examples):
     sample = real_examples[::5]
     lacking = sum(8 - len(e.slots) for e in sample)
-    invented = sum(
-        len({m.slot for m in find_mentions(e.slots, e.reference)} - {name for name, _ in e.slots}) for e in sample
-    )
+    invented = sum(len({m.slot for m in find_mentions(e.slots, e.reference)} - {name for name, _ in e.slots}) for e in sample)
     assert invented / lacking < 0.01

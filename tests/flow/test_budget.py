@@ -51,9 +51,7 @@ def test_bounds_need_what_they_rest_on():
 
 
 def test_mmd_bound_is_the_formula_of_the_paper():
-    budget = TransportBudget(
-        steps=4, step_size=0.02, temperature=0.5, coupling="svgd", normalize="none", bandwidth=0.7
-    )
+    budget = TransportBudget(steps=4, step_size=0.02, temperature=0.5, coupling="svgd", normalize="none", bandwidth=0.7)
     eps, L, sigma, c, alpha, root_e = 0.02, 4, 0.7, 3.0, 0.5, math.sqrt(math.e)
     expected = (2 * eps * L) / (sigma * root_e) * (c / alpha + 1 / (sigma * root_e))
     assert budget.mmd_bound(kernel_width=0.7, gradient_bound=3.0) == pytest.approx(expected, rel=1e-12)

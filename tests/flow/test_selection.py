@@ -42,9 +42,7 @@ def test_softmax_select_at_its_limits():
 def test_softmax_select_follows_its_generator():
     values = torch.zeros(50, 4)
     one, two = (softmax_select(values, 1.0, torch.Generator().manual_seed(s)) for s in (1, 2))
-    assert torch.equal(one, softmax_select(values, 1.0, torch.Generator().manual_seed(1))) and not torch.equal(
-        one, two
-    )
+    assert torch.equal(one, softmax_select(values, 1.0, torch.Generator().manual_seed(1))) and not torch.equal(one, two)
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,8 +19,7 @@ def bowl(a):
 
 def budgets(**fields):
     return [
-        TransportBudget(coupling=c, temperature=t, normalize=n, **fields)
-        for (c, t), n in itertools.product(COUPLINGS, NORMALIZE)
+        TransportBudget(coupling=c, temperature=t, normalize=n, **fields) for (c, t), n in itertools.product(COUPLINGS, NORMALIZE)
     ]
 
 
@@ -251,9 +250,7 @@ def test_shapes_that_do_not_fit_raise():
 
 
 def svgd(log_density, start, steps, step_size, temperature=1.0):
-    budget = TransportBudget(
-        steps=steps, step_size=step_size, temperature=temperature, coupling="svgd", normalize="none"
-    )
+    budget = TransportBudget(steps=steps, step_size=step_size, temperature=temperature, coupling="svgd", normalize="none")
     return transport(start, gradient_of(log_density), budget).particles
 
 

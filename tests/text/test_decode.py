@@ -267,9 +267,7 @@ ENDINGS = [(0, [0]), (1, [0]), (1, [0, 4]), (0, [0, 4])]
 
 def draw(model, prompts, keys, base, eos, pad, extra=0, length=LENGTH):
     ids, mask = tiny.pad_left(prompts, pad, extra)
-    return decode.sample(
-        model, ids, mask, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad
-    )
+    return decode.sample(model, ids, mask, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
 
 
 def redecode(model, prompts, n, decoded, tilt_fn, keys, base, eos, pad, extra=0, horizon=None):
@@ -414,9 +412,7 @@ def test_what_an_earlier_round_said_stays_at_tilt_zero_too():
         moved, _ = redecode(
             LAW_LM, prompts, n, state, lambda t, p=push: p[:, : t.log_mu.shape[1]], keys + 2 * index + 1, PLAIN, [0], 0
         )
-        still, _ = redecode(
-            LAW_LM, prompts, n, moved, lambda t: torch.zeros_like(t.log_mu), keys + 2 * index + 2, PLAIN, [0], 0
-        )
+        still, _ = redecode(LAW_LM, prompts, n, moved, lambda t: torch.zeros_like(t.log_mu), keys + 2 * index + 2, PLAIN, [0], 0)
         assert torch.equal(still.ids, moved.ids) and not torch.equal(moved.ids, state.ids)
         state = moved
 
@@ -579,13 +575,9 @@ def test_an_overwhelming_tilt_towards_the_end_of_sequence_token_cuts_and_away_fr
         tilt[..., 0] = amount
         return tilt
 
-    cut, _ = redecode(
-        MODELS["gpt2"], prompts, n, drawn, lambda t: towards_eos(t, 1e4), keys + 1, PLAIN, [0], 1, horizon=None
-    )
+    cut, _ = redecode(MODELS["gpt2"], prompts, n, drawn, lambda t: towards_eos(t, 1e4), keys + 1, PLAIN, [0], 1, horizon=None)
     assert all(row == [0] for row in rows_of(cut)) and (cut.new_tokens == 0).all()
-    grown, _ = redecode(
-        MODELS["gpt2"], prompts, n, drawn, lambda t: towards_eos(t, -1e4), keys + 1, PLAIN, [0], 1, horizon=None
-    )
+    grown, _ = redecode(MODELS["gpt2"], prompts, n, drawn, lambda t: towards_eos(t, -1e4), keys + 1, PLAIN, [0], 1, horizon=None)
     old, new = rows_of(drawn), rows_of(grown)
     ended = [r for r in range(n) if old[r][-1] == 0]
     assert ended and all(new[r][: len(old[r]) - 1] == old[r][:-1] and new[r][len(old[r]) - 1] != 0 for r in ended)

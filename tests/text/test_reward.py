@@ -61,9 +61,7 @@ def test_ids_embeddings_and_the_model_itself_give_one_score_under_any_padding(ca
     expected = torch.tensor([own_score(MODELS[family], p + c) for p, c in zip(prompts, completions, strict=True)])
     by_ids = reward.score_ids(prompt_ids, prompt_mask, ids, mask)
     torch.testing.assert_close(by_ids, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        reward(prompt_ids, prompt_mask, reward.embed(ids), mask), expected, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(reward(prompt_ids, prompt_mask, reward.embed(ids), mask), expected, atol=1e-4, rtol=1e-4)
     raw = reward.member_scores_ids(prompt_ids, prompt_mask, ids, mask)
     assert torch.equal(raw, by_ids[None])
 
@@ -117,9 +115,7 @@ def test_the_gradient_is_that_of_the_model_itself_and_zero_on_padding(family):
     unit = MODELS[family].get_input_embeddings().weight[:VOCAB].norm() / reward.table.norm()
     for r, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         expected = own_gradient(family, prompt, completion) * unit.double()
-        torch.testing.assert_close(
-            gradient[r, : len(completion)].double(), expected, atol=2e-4, rtol=2e-3, check_dtype=False
-        )
+        torch.testing.assert_close(gradient[r, : len(completion)].double(), expected, atol=2e-4, rtol=2e-3, check_dtype=False)
         assert (gradient[r, len(completion) :] == 0).all()
 
 

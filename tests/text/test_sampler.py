@@ -77,9 +77,7 @@ PARTICLE_NUMBERS = ("rewards", "logprobs", "kl", "log_ratio")
 # Budget zero and the promise of selection
 
 
-@pytest.mark.parametrize(
-    "zero", [TransportBudget(steps=0), TransportBudget(kl_budget=0.0)], ids=["steps", "kl_budget"]
-)
+@pytest.mark.parametrize("zero", [TransportBudget(steps=0), TransportBudget(kl_budget=0.0)], ids=["steps", "kl_budget"])
 @pytest.mark.parametrize("sampler", [*SAMPLERS.values(), ENSEMBLE], ids=[*SAMPLERS, "ensemble"])
 def test_budget_zero_is_best_of_n_bit_for_bit(sampler, zero):
     output = sampler.sample(PROMPTS, 6, zero, LENGTH, seed=4)
@@ -461,18 +459,14 @@ def test_a_reward_that_is_not_finite_is_refused_with_the_text_it_was_given_to(wo
         reward.score.weight[0, TOKENIZER.convert_tokens_to_ids("good")] = worth
     sampler = build(reward=reward)
     for budget in (TransportBudget(steps=0), BUDGET):
-        with pytest.raises(
-            ValueError, match=f"reward of a completion is {says}: check the reward model.*completion was '"
-        ):
+        with pytest.raises(ValueError, match=f"reward of a completion is {says}: check the reward model.*completion was '"):
             sampler.sample(["good good good"], 4, budget, LENGTH)
 
 
 def test_a_tokenizer_without_padding_token_is_refused():
     tokenizer = tiny.tokenizer(pad=None)
     model = tiny.language_model("llama", len(tokenizer), eos=1)
-    with pytest.raises(
-        ValueError, match="no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`"
-    ):
+    with pytest.raises(ValueError, match="no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`"):
         VGFSampler(model, tiny.reward_model("llama", len(tokenizer)), tokenizer)
 
 

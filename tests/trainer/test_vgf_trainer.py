@@ -91,9 +91,7 @@ def test_transport_gives_better_targets_than_best_of_n_and_zero_steps_are_best_o
         6,
         seed=[still._seed(place) for place in range(4)],
     )
-    fitted = [
-        ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-    ]
+    fitted = [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
     assert fitted == expected.completion_ids
 
 
@@ -148,9 +146,7 @@ def test_gradient_accumulation_and_phases_change_nothing(make_trainer):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8},
     ]
     # SGD: Adam would hide a wrong scale of the gradient. best_k=2: weights are not all 1.
-    runs = [
-        make_trainer(best_k=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=4, **cut) for cut in cuts
-    ]
+    runs = [make_trainer(best_k=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=4, **cut) for cut in cuts]
     for run in runs:
         run.train()
     for run in runs[1:]:
@@ -222,10 +218,7 @@ def test_a_prompt_that_comes_again_gets_other_particles(make_trainer):
     ]
     assert len({tuple(row) for row in rows}) > 4
     other = make_trainer(train_dataset=dataset, max_completion_length=8, seed=1)
-    assert (
-        other._make_micro_batches(list(dataset), place=0)[0]["completion_ids"].tolist()
-        != first["completion_ids"].tolist()
-    )
+    assert other._make_micro_batches(list(dataset), place=0)[0]["completion_ids"].tolist() != first["completion_ids"].tolist()
 
 
 # ---- Reference and policy -------------------------------------------------------------------------------------------
@@ -321,9 +314,7 @@ def test_evaluation_reports_flow_and_policy_under_the_name_of_the_data(make_trai
     assert first["eval_reward"] == pytest.approx(own.rewards.mean().item())
     trainer.train()
     second = trainer.evaluate()
-    assert second["eval_flow/reward_final"] == pytest.approx(
-        first["eval_flow/reward_final"]
-    )  # the reference stands still
+    assert second["eval_flow/reward_final"] == pytest.approx(first["eval_flow/reward_final"])  # the reference stands still
     assert abs(second["eval_kl"]) > 0.01
     assert second["eval_loss"] < first["eval_loss"]
     assert trainer.evaluate()["eval_kl"] == second["eval_kl"]  # nothing is left over from the evaluation before

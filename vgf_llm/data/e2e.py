@@ -94,8 +94,7 @@ def load_e2e(directory: str | Path) -> list[E2EExample]:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"no directory {directory}; the E2E data ({', '.join(FILES)}) is at "
-            "https://github.com/tuetschek/e2e-dataset"
+            f"no directory {directory}; the E2E data ({', '.join(FILES)}) is at https://github.com/tuetschek/e2e-dataset"
         )
     return [example for name in FILES for example in _read_file(directory / name)]
 

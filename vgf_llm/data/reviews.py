@@ -22,6 +22,7 @@ Two gold rewards, both computed exactly from the text:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,9 +96,12 @@ VERBS = ("noticed", "remember", "had", "saw", "describe")
 VERBS_GOOD = ("enjoyed", "loved", "praised")
 VERBS_BAD = ("endured", "hated", "regretted")
 # Words that set the tone without speaking about an aspect.
-TONE_GOOD = _words("luckily happily gladly wonderful excellent memorable perfect delighted impressed pleased soon enjoyed loved praised")
+TONE_GOOD = _words(
+    "luckily happily gladly wonderful excellent memorable perfect delighted impressed pleased soon enjoyed loved praised"
+)
 TONE_BAD = _words(
-    "sadly unfortunately reluctantly dreadful awful disappointing terrible annoyed disappointed upset never"
+    "sadly unfortunately reluctantly dreadful awful disappointing terrible annoyed disappointed upset never "
+    "endured hated regretted"
 )
 CLAUSE_BREAKS = frozenset((".", ",", "and", "but", "yet", "while", "although", "however", "also", "moreover"))
 
@@ -105,8 +109,8 @@ _NOUN_ASPECT = {noun: name for name, a in ASPECTS.items() for noun in a.singular
 _ADJECTIVE = dict.fromkeys(ADJECTIVES_GOOD, GOOD) | dict.fromkeys(ADJECTIVES_BAD, BAD)
 # "never" is a negation inside a clause and a verdict in "we will never return": only the latter counts for tone.
 _VALENCE = (
-    {word: 1 for word in TONE_GOOD}
-    | {word: -1 for word in TONE_BAD}
+    dict.fromkeys(TONE_GOOD, 1)
+    | dict.fromkeys(TONE_BAD, -1)
     | {word: 1 if polarity == GOOD else -1 for word, polarity in _ADJECTIVE.items()}
 )
 
@@ -185,12 +189,16 @@ def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
 
 def write_review(rng: random.Random, venue: str, said: Sequence[tuple[str, str]]) -> str:
     """A review that mentions ``said`` in order, with connectives that fit the polarities they join."""
+    # Every clause draws from a generator of its own: changing what is said in one place leaves the other clauses as they were.
+    seed = rng.random()
+    times_said: dict[str, int] = {}
     parts: list[str] = []
     if rng.random() < 0.35:
         parts.append(f"{rng.choice(('we', 'i'))} {_pick(rng, ARRIVALS)} the {venue} {_pick(rng, TIMES)} .")
     open_sentence = False
     for i, (aspect, polarity) in enumerate(said):
-        clause = _clause(rng, aspect, polarity)
+        nth = times_said[aspect] = times_said.get(aspect, 0) + 1
+        clause = _clause(random.Random(f"{seed} {aspect} {polarity} {nth}"), aspect, polarity)
         same = i > 0 and said[i - 1][1] == polarity
         if open_sentence:
             parts += [
@@ -280,14 +288,99 @@ def generate_prompts(n: int, seed: int, task: str) -> list[str]:
     raise ValueError(f"unknown task {task!r}: choose 'content' or 'tone'")
 
 
+@dataclass(frozen=True)
+class Preference:
+    """One labelled comparison of two completions of a prompt."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def generate_preferences(n: int, seed: int, task: str, noise: float) -> list[Preference]:
+    """``n`` pairs labelled by a noisy judge: the better text is chosen with probability ``sigmoid(difference / noise)``.
+
+    ``noise`` is in units of the task's gold reward. For "content" the two texts differ in one thing that is said (a polarity,
+    an omission, an order, a repetition, an addition), as an edit would make it; for "tone" they are two independent reviews.
+    """
+    rng = random.Random(f"vgf_llm preferences {task} {seed}")
+    if task not in GOLD:
+        raise ValueError(f"unknown task {task!r}: choose 'content' or 'tone'")
+    gold, pairs = GOLD[task], []
+    while len(pairs) < n:
+        venue = rng.choice(VENUES)
+        if task == "content":
+            asked = sample_asked(rng, 1, 3)
+            prompt, said = format_prompt(venue, asked), list(asked)
+            for _ in range(rng.choice((0, 0, 1, 2))):
+                said = _edit(rng, said, asked)
+            manner = rng.random()
+            first = write_review(random.Random(manner), venue, said)
+            second = write_review(random.Random(manner), venue, _edit(rng, said, asked))
+        else:
+            prompt = format_prompt(venue, ())
+            first, second = (write_review(rng, venue, sample_asked(rng)) for _ in range(2))
+        difference = gold(prompt, first) - gold(prompt, second)
+        if difference == 0:
+            continue
+        if rng.random() > 1 / (1 + math.exp(-difference / noise)):
+            first, second = second, first
+        pairs.append(Preference(prompt, first, second))
+    return pairs
+
+
+def _edit(rng: random.Random, said: Sequence[tuple[str, str]], asked: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """``said`` with one thing changed."""
+    out = list(said)
+    at = rng.randrange(len(out))
+    kind = rng.choices(("contradict", "omit", "swap", "repeat", "add"), (3, 3, 2, 1, 1))[0]
+    if kind == "repeat":
+        out.insert(rng.randint(0, len(out)), out[at])
+    elif kind == "add":
+        asked_names = {aspect for aspect, _ in asked}
+        extra = rng.choice([name for name in ASPECTS if name not in asked_names])
+        out.insert(rng.randint(0, len(out)), (extra, rng.choice((GOOD, BAD))))
+    elif kind == "omit" and len(out) > 1:
+        out.pop(at)
+    elif kind == "swap" and len(out) > 1:
+        at = rng.randrange(len(out) - 1)
+        out[at], out[at + 1] = out[at + 1], out[at]
+    else:
+        out[at] = (out[at][0], BAD if out[at][1] == GOOD else GOOD)
+    return out
+
+
 def vocabulary() -> list[str]:
     """Every word the grammar can write, sorted."""
     words: set[str] = set(
-        "| : . , and but yet while also moreover however overall a visit we i us will return the".split()
+        [
+            "|",
+            ":",
+            ".",
+            ",",
+            "and",
+            "but",
+            "yet",
+            "while",
+            "also",
+            "moreover",
+            "however",
+            "overall",
+            "a",
+            "visit",
+            "we",
+            "i",
+            "us",
+            "will",
+            "return",
+            "the",
+        ]
     )
-    words |= set(VENUES) | {aspect + sign for aspect in ASPECTS for sign in POLARITY} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
+    words |= (
+        set(VENUES) | {aspect + sign for aspect in ASPECTS for sign in POLARITY} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
+    )
     words |= {*VERBS, *VERBS_GOOD, *VERBS_BAD} | set(TONE_GOOD) | set(TONE_BAD) | {w for time in TIMES for w in time.split()}
-    words |= set("found seemed looked felt was were there some this that".split())
+    words |= set(["found", "seemed", "looked", "felt", "was", "were", "there", "some", "this", "that"])
     words |= set(_NOUN_ASPECT) | set(_ADJECTIVE)
     return sorted(words)
 

@@ -61,9 +61,7 @@ class TransportBudget:
         for name in ("step_size", "temperature", "max_displacement", "bandwidth", "kl_budget"):
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
-                raise ValueError(
-                    f"{name} must be finite, got {number!r}; leave it at its default if it should not bind"
-                )
+                raise ValueError(f"{name} must be finite, got {number!r}; leave it at its default if it should not bind")
         if self.step_size <= 0:
             raise ValueError(f"step_size must be positive, got {self.step_size!r}; use steps=0 to move nothing")
         if self.temperature < 0:
@@ -73,9 +71,7 @@ class TransportBudget:
             if number is not None and number <= 0:
                 raise ValueError(f"{name} must be positive or None, got {number!r}")
         if self.kl_budget is not None and self.kl_budget < 0:
-            raise ValueError(
-                f"kl_budget is in nats and must not be negative, got {self.kl_budget!r}; None lifts the limit"
-            )
+            raise ValueError(f"kl_budget is in nats and must not be negative, got {self.kl_budget!r}; None lifts the limit")
         for name, allowed in (("coupling", get_args(Coupling)), ("normalize", get_args(Normalize))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -135,9 +135,7 @@ def gradient_of(value_fn: Callable[[Tensor], Tensor]) -> ScoreFn:
 def _moves(mask: Tensor | None, particles: Tensor) -> Tensor:
     """The mask as [B, N, ...] with as many dimensions as particles; all True without one."""
     if particles.ndim < 3:
-        raise ValueError(
-            f"particles must be [B, N, ...] with at least one trailing dimension, got {tuple(particles.shape)}"
-        )
+        raise ValueError(f"particles must be [B, N, ...] with at least one trailing dimension, got {tuple(particles.shape)}")
     if mask is None:
         mask = torch.ones(particles.shape[:2], dtype=torch.bool, device=particles.device)
     leading = particles.shape[: mask.ndim]

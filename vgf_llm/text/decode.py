@@ -39,6 +39,11 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]], num_particles: int, st
     return _mix(base[:, None] ^ _mix(torch.arange(start, start + num_particles)[None])).flatten()
 
 
+def round_keys(keys: Tensor, index: int) -> Tensor:
+    """Keys of the same rows for the noise of another round; nested calls do not meet."""
+    return _mix(keys ^ _mix(torch.full_like(keys, index + 1)))
+
+
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64 (products wrap around; `>>` is arithmetic, so the sign bits are masked)."""
     x = x + -7046029254386353131
@@ -333,9 +338,7 @@ def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
     return is_eos.int().cumsum(1) - is_eos.int() == 0
 
 
-def _forward(
-    model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 1
-) -> Tensor:
+def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 1) -> Tensor:
     """Logits of the last `keep` positions. Position ids count real tokens: learned positions need it under padding."""
     positions = (attention.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return model(

@@ -18,7 +18,14 @@ GradientAt = Literal["token", "mixture", "path"]
 
 
 def evaluation_points(
-    particles: Tensor, tokens: Tensor, log_mu: Tensor, table: Tensor, mask: Tensor, at: GradientAt, step: int, steps: int
+    particles: Tensor,
+    tokens: Tensor,
+    log_mu: Tensor,
+    table: Tensor,
+    mask: Tensor,
+    at: GradientAt,
+    step: int,
+    steps: int,
 ) -> Tensor:
     """Particles [R, T, D] shifted from the token embeddings towards the mixture, where the gradient of this step is taken.
 

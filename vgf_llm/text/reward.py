@@ -109,9 +109,7 @@ class DifferentiableReward(nn.Module):
         with torch.no_grad():
             return self._member_scores(prompt_ids, prompt_mask, self.embed(ids), mask)
 
-    def value_and_grad(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Reward [R] and its gradient [R, T, D] at embeddings, in float32.
 
         Raises:
@@ -151,9 +149,7 @@ class DifferentiableReward(nn.Module):
         return torch.stack(scores)
 
 
-def _load(
-    model: str | Path | PreTrainedModel, processing_class: PreTrainedTokenizerBase, init_kwargs: dict
-) -> PreTrainedModel:
+def _load(model: str | Path | PreTrainedModel, processing_class: PreTrainedTokenizerBase, init_kwargs: dict) -> PreTrainedModel:
     name = str(model)
     if isinstance(model, (str, Path)):
         _check_vocabulary(AutoTokenizer.from_pretrained(name), processing_class, name)

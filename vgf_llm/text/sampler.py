@@ -94,6 +94,8 @@ class VGFSampler:
         horizon: how many positions after the first change a tilt holds (`decode.redecode`). None: to the end, right where
             position does not matter; 0, the default: what follows a change is the base model's alone, since the gradient
             speaks about a text that no longer exists.
+        movers: how many particles of a prompt, best first, every round moves. Default None: all N. With several rounds a few
+            good particles repay their decodes better than the whole population (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
 
     Raises:
@@ -113,6 +115,7 @@ class VGFSampler:
         gradient_at: GradientAt = "path",
         candidates: int = 64,
         horizon: int | None = 0,
+        movers: int | None = None,
         flow_batch_size: int = 32,
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -121,14 +124,12 @@ class VGFSampler:
         if processing_class is None:
             raise ValueError("give processing_class, the tokenizer of the model, where model is an object and not a path")
         if processing_class.pad_token_id is None:
-            raise ValueError(
-                "the tokenizer has no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`"
-            )
-        if candidates < 1 or flow_batch_size < 1 or (horizon is not None and horizon < 0):
-            raise ValueError(
-                f"candidates and flow_batch_size must be at least 1 and horizon None or at least 0, got "
-                f"{candidates}, {flow_batch_size}, {horizon}"
-            )
+            raise ValueError("the tokenizer has no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`")
+        for name, value, lowest in (
+            ("candidates", candidates, 1), ("flow_batch_size", flow_batch_size, 1), ("movers", movers, 1), ("horizon", horizon, 0)
+        ):  # fmt: skip
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
         self.model = model.eval()
         self.processing_class = processing_class
         if not isinstance(reward_model, DifferentiableReward):
@@ -144,6 +145,7 @@ class VGFSampler:
         self.gradient_at = gradient_at
         self.candidates = candidates
         self.horizon = horizon
+        self.movers = movers
         self.flow_batch_size = flow_batch_size
         self.eos_ids = _eos_ids(model, processing_class)
 
@@ -186,9 +188,7 @@ class VGFSampler:
         per_chunk = max(1, self.flow_batch_size // num_particles)
         chunks = [slice(i, i + per_chunk) for i in range(0, len(prompt_ids), per_chunk)]
         parts = [
-            self._sample_chunk(
-                prompt_ids[chunk], num_particles, budget, max_completion_length, seeds[chunk], verify, direction
-            )
+            self._sample_chunk(prompt_ids[chunk], num_particles, budget, max_completion_length, seeds[chunk], verify, direction)
             for chunk in tqdm(chunks, desc="prompts", disable=not progress)
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -216,14 +216,23 @@ class VGFSampler:
         rewards = self._score(ids, mask, initial).view(shape)
         state, state_rewards, traces = initial, rewards, []
         new_tokens = initial.new_tokens.clone()
+        movers = n if self.movers is None else min(self.movers, n)
         for index in range(0 if budget.is_zero else budget.rounds):
-            moved, trace = self._round(ids, mask, state, keys + (index + 1), budget, direction, shape)
+            # The best particles by reward; in the order of their index, so that moving all is moving each in its place.
+            best = state_rewards.topk(movers, dim=1).indices.sort(1).values
+            rows = (best + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
+            old, old_rewards = _rows(state, rows), state_rewards.flatten()[rows]
+            moved, trace = self._round(
+                ids[rows], mask[rows], old, decode.round_keys(keys[rows], index), budget, direction, tuple(best.shape)
+            )
             traces.append(trace)
-            new_tokens += moved.new_tokens
-            moved_rewards = self._score(ids, mask, moved).view(shape)
-            take = moved_rewards > state_rewards if verify else torch.ones(shape, dtype=torch.bool, device=device)
-            state = _merge(state, moved, take.flatten())
-            state_rewards = torch.where(take, moved_rewards, state_rewards)
+            new_tokens[rows] += moved.new_tokens
+            moved_rewards = self._score(ids[rows], mask[rows], moved)
+            changed = (moved.ids != old.ids).any(1)
+            take = changed & (moved_rewards > old_rewards) if verify else changed
+            merged = _merge(old, moved, take)
+            state = Decoded(*(_put(getattr(state, f.name), rows, getattr(merged, f.name)) for f in fields(Decoded)))
+            state_rewards = _put(state_rewards.flatten(), rows, torch.where(take, moved_rewards, old_rewards)).view(shape)
         # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
         pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
         first, last = self._particles(initial, rewards), self._particles(state, state_rewards)
@@ -265,7 +274,7 @@ class VGFSampler:
             )
             values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
             if direction is not None:
-                gradient = direction(gradient, moves, keys + step)
+                gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)
 
         start = tokens.view(*shape, *tokens.shape[1:])
@@ -303,9 +312,7 @@ class VGFSampler:
             if isinstance(prompt, str):
                 ids = self.processing_class(prompt)["input_ids"]
             else:
-                ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
+                ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
             if not ids:
                 raise ValueError(f"prompt {index} has no tokens: the base model needs at least one to start from")
             if context is not None and len(ids) + max_completion_length > context:
@@ -371,6 +378,14 @@ def _join(parts: list[VGFOutput]) -> VGFOutput:
         trace=[trace(rounds) for rounds in zip(*(p.trace for p in parts), strict=True)],
         generations=torch.cat([p.generations for p in parts]),
     )
+
+
+def _rows(decoded: Decoded, rows: Tensor) -> Decoded:
+    return Decoded(*(getattr(decoded, f.name)[rows] for f in fields(Decoded)))
+
+
+def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+    return whole.index_copy(0, rows, part)
 
 
 def _merge(old: Decoded, new: Decoded, take: Tensor) -> Decoded:

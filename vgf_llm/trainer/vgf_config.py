@@ -92,9 +92,7 @@ class VGFConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "reward_model_init_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
-    logging_steps: float = field(
-        default=10, metadata={"help": "Update steps between two logs; below 1 a share of all steps."}
-    )
+    logging_steps: float = field(default=10, metadata={"help": "Update steps between two logs; below 1 a share of all steps."})
     # The field that TRL 1.16 still sets, gradient_checkpointing, is a deprecated alias of this one and warns.
     activation_checkpointing: bool | None = field(
         default=True, metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower."}
@@ -103,9 +101,7 @@ class VGFConfig(TrainingArguments):
         default=None,
         metadata={"help": "bfloat16 mixed precision. Default: on where a GPU supports it and fp16 is off."},
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep only the column 'prompt' of the dataset."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep only the column 'prompt' of the dataset."})
 
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -113,9 +109,7 @@ class VGFConfig(TrainingArguments):
     )
     reward_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Keyword arguments of AutoModelForSequenceClassification.from_pretrained where rewards are paths."
-        },
+        metadata={"help": "Keyword arguments of AutoModelForSequenceClassification.from_pretrained where rewards are paths."},
     )
     reward_kappa: float = field(
         default=0.5,
@@ -126,9 +120,7 @@ class VGFConfig(TrainingArguments):
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts anew in every epoch."})
     steps_per_generation: int | None = field(
         default=None,
-        metadata={
-            "help": "Micro-batches made from a generation phase, a multiple of gradient_accumulation_steps (default)."
-        },
+        metadata={"help": "Micro-batches made from a generation phase, a multiple of gradient_accumulation_steps (default)."},
     )
 
     num_generations: int = field(default=8, metadata={"help": "Particles N per prompt."})
@@ -138,9 +130,7 @@ class VGFConfig(TrainingArguments):
     )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the base sampler; 1.0 keeps all tokens."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the base sampler; 0 keeps all tokens."})
-    flow_batch_size: int = field(
-        default=32, metadata={"help": "Completions that sampler and flow hold in memory at once."}
-    )
+    flow_batch_size: int = field(default=32, metadata={"help": "Completions that sampler and flow hold in memory at once."})
 
     flow_steps: int = field(default=5, metadata={"help": "Flow steps L; 0 fits the policy to best-of-N."})
     flow_step_size: float = field(
@@ -153,17 +143,13 @@ class VGFConfig(TrainingArguments):
         metadata={"help": "Positions after the first changed token that the tilt still holds; None: to the end."},
     )
 
-    best_k: int = field(
-        default=1, metadata={"help": "Particles per prompt, best first, that the policy is fitted to."}
-    )
+    best_k: int = field(default=1, metadata={"help": "Particles per prompt, best first, that the policy is fitted to."})
     target_temperature: float = field(
         default=1.0,
         metadata={"help": "Temperature of their softmax weights, in standard deviations of R within the prompt."},
     )
 
-    log_completions: bool = field(
-        default=False, metadata={"help": "Print fitted completions whenever metrics are logged."}
-    )
+    log_completions: bool = field(default=False, metadata={"help": "Print fitted completions whenever metrics are logged."})
     num_completions_to_print: int = field(default=8, metadata={"help": "How many completions to print."})
 
     def __post_init__(self) -> None:
@@ -179,8 +165,7 @@ class VGFConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if not (math.isfinite(self.target_temperature) and self.target_temperature > 0):
             raise ValueError(
-                f"target_temperature must be positive and finite, got {self.target_temperature!r}; best_k=1 is its "
-                "limit at 0"
+                f"target_temperature must be positive and finite, got {self.target_temperature!r}; best_k=1 is its limit at 0"
             )
         if self.best_k > self.num_generations:
             raise ValueError(

@@ -249,9 +249,7 @@ class VGFTrainer(Trainer):
             )
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
         size = self.args.prompts_per_micro_batch
-        batches = [
-            self._collate(prompt_ids, output, slice(start, start + size)) for start in range(0, len(rows), size)
-        ]
+        batches = [self._collate(prompt_ids, output, slice(start, start + size)) for start in range(0, len(rows), size)]
         # A phase feeds whole optimizer steps, so that the tokens of each are known before its first backward.
         per_step = self.args.gradient_accumulation_steps
         for start in range(0, len(batches), per_step):
@@ -273,9 +271,7 @@ class VGFTrainer(Trainer):
         transported = output.transported
         rewards = transported.rewards[part]
         chosen, weights = target_weights(rewards, self.args.best_k, self.args.target_temperature)
-        rows = [
-            (b, n) for b, row in zip(range(*part.indices(len(prompt_ids))), chosen.tolist(), strict=True) for n in row
-        ]
+        rows = [(b, n) for b, row in zip(range(*part.indices(len(prompt_ids))), chosen.tolist(), strict=True) for n in row]
         completions = [transported.completion_ids[b][n] for b, n in rows]
         batch = self._pad([prompt_ids[b] for b, _ in rows], completions)
         lengths = batch["completion_mask"].sum(1)
@@ -342,9 +338,7 @@ class VGFTrainer(Trainer):
         `num_items_in_batch` is not used: Trainer counts labels in the raw batch, which holds prompts only.
         """
         if return_outputs:
-            raise ValueError(
-                "VGFTrainer does not return outputs: its inputs are particles and not those of the caller"
-            )
+            raise ValueError("VGFTrainer does not return outputs: its inputs are particles and not those of the caller")
         logprobs = self._logprobs(model, inputs)
         loss = -(inputs["weights"] * logprobs).sum() / inputs["num_items"]
         ratio = (inputs["weights"] * (logprobs.detach() - inputs["base_logprobs"])).view(-1, self.args.best_k).sum(1)
@@ -415,9 +409,7 @@ class VGFTrainer(Trainer):
             logs.update({name: _mean(values) for name, values in self._metrics["train"].items()})
             self._metrics["train"].clear()
             if self._printed:
-                table = Table(
-                    "prompt", "completion", "reward", title=f"step {self.state.global_step}", show_lines=True
-                )
+                table = Table("prompt", "completion", "reward", title=f"step {self.state.global_step}", show_lines=True)
                 for prompt, completion, reward in self._printed:
                     table.add_row(prompt, completion, f"{reward:.3f}")
                 Console(markup=False).print(table)  # a completion may hold square brackets
@@ -481,10 +473,7 @@ def flow_metrics(output: VGFOutput, part: slice) -> dict[str, Tensor]:
     """One value per prompt [B] of what the flow did to the particles of some prompts (docs/trainer.md)."""
     before, after = output.initial, output.transported
     changed = [
-        sum(
-            sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
-            for a, b in zip(old, new, strict=True)
-        )
+        sum(sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b)) for a, b in zip(old, new, strict=True))
         / sum(max(len(a), len(b)) for a, b in zip(old, new, strict=True))
         for old, new in zip(before.completion_ids[part], after.completion_ids[part], strict=True)
     ]
@@ -582,9 +571,7 @@ def _load_reward(
                 f"{type(member).__name__}; give a sequence-classification model, e.g. one trained with "
                 "trl.RewardTrainer on pairs that the function ranked"
             )
-    tokenizers = (
-        reward_processing_classes if isinstance(reward_processing_classes, list) else [reward_processing_classes]
-    )
+    tokenizers = reward_processing_classes if isinstance(reward_processing_classes, list) else [reward_processing_classes]
     if reward_processing_classes is not None and len(tokenizers) != len(members):
         raise ValueError(f"{len(tokenizers)} reward_processing_classes were given for {len(members)} reward_funcs")
     for tokenizer in tokenizers:
@@ -602,9 +589,7 @@ def _load_reward(
         return members[0]
     models = [member for member in members if not isinstance(member, DifferentiableReward)]
     if len(models) < len(members):
-        raise ValueError(
-            "a DifferentiableReward is an ensemble already: pass it alone, or list the models it is made of"
-        )
+        raise ValueError("a DifferentiableReward is an ensemble already: pass it alone, or list the models it is made of")
     init_kwargs = args.reward_model_init_kwargs
     assert not isinstance(init_kwargs, str)
     return DifferentiableReward(models, processing_class, kappa=args.reward_kappa, model_init_kwargs=init_kwargs)

@@ -1,0 +1,148 @@
+"""VGF beside best-of-n on real text: the E2E challenge, content and order judged by exact slot coverage.
+
+    python -m benchmarks.e2e_nlg --data ../e2e-dataset
+
+Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the sentence
+states it), three proxy reward models on pairs of base samples labelled by a noisy version of the gold reward, and prints the table
+of the demonstration. `--data` is a directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
+
+Writes benchmarks/results/e2e_nlg.json and docs/img/e2e_*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import random
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from vgf_llm.data.e2e import e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr, spoken_order
+from vgf_llm.evaluation.frontier import Task, measure_task
+from vgf_llm.evaluation.plots import plot_frontier, plot_generations
+from vgf_llm.evaluation.report import print_table, write_report
+from vgf_llm.evaluation.world import SPECIAL, train_language_model, train_reward_model
+from vgf_llm.text import BaseDistribution, decode
+
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_COMPLETION = 72
+CONTEXT = 176
+
+
+def gold(prompt: str, text: str) -> float:
+    """Exact ordered slot coverage; the prompt says which slots and in which order."""
+    return e2e_gold(parse_mr(prompt), text)
+
+
+def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL[:3]),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        padding_side="left",
+    )
+
+
+def labelled_pairs(base: Path, prompts: list[str], count: int, seed: int, noise: float) -> list[tuple[str, str, str]]:
+    """`count` pairs of base samples for a prompt; the better one is chosen with probability sigmoid(difference / noise)."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rng = random.Random(seed)
+    pairs: list[tuple[str, str, str]] = []
+    while len(pairs) < count:
+        batch = [rng.choice(prompts) for _ in range(128)]
+        encoded = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt")
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        keys = torch.tensor([rng.getrandbits(62) for _ in range(2 * len(batch))])
+        drawn = decode.sample(
+            model, ids, mask, keys, base=BaseDistribution(), max_new_tokens=MAX_COMPLETION,
+            eos_ids=torch.tensor([tokenizer.eos_token_id]), pad_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        texts = [tokenizer.decode(i[m], skip_special_tokens=True).strip() for i, m in zip(drawn.ids, drawn.mask, strict=True)]
+        for k, prompt in enumerate(batch):
+            first, second = texts[2 * k], texts[2 * k + 1]
+            difference = gold(prompt, first) - gold(prompt, second)
+            if difference == 0 or not first or not second:
+                continue
+            if rng.random() > 1 / (1 + math.exp(-difference / noise)):
+                first, second = second, first
+            pairs.append((prompt, first, second))
+    return pairs[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, type=Path, help="directory of the E2E data set")
+    parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
+    parser.add_argument("--steps", default=3000, type=int, help="training steps of the base model")
+    parser.add_argument("--pairs", default=6000, type=int, help="preference pairs per reward model")
+    parser.add_argument("--prompts", default=40, type=int, help="held-out meaning representations per seed")
+    parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
+    args = parser.parse_args()
+    console, started = Console(), time.perf_counter()
+    needed = args.prompts * len(args.seeds)
+    train, held_out = split_by_mr(load_e2e(args.data), seed=0, held_out=needed)
+    examples = [(format_prompt(spoken_order(e.slots, e.reference)), e.reference) for e in train]
+    held_out_prompts = sorted({format_prompt(e.slots) for e in held_out})
+    random.Random(0).shuffle(held_out_prompts)
+    train_prompts = [p for p, _ in examples]
+
+    base, judge = args.work / "base", args.work / "judge"
+    members = [args.work / f"reward-{k}" for k in range(3)]
+    tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
+    for path, seed, steps in ((base, 0, args.steps), (judge, 1, args.steps // 2)):
+        if not (path / "config.json").exists():
+            train_language_model(
+                path, tokenizer, examples, hidden_size=160, layers=4, heads=4, context=CONTEXT, steps=steps,
+                learning_rate=1.5e-3, seed=seed, name=path.name, batch_size=16,
+            )  # fmt: skip
+    for k, path in enumerate(members):
+        if not (path / "calibration.json").exists():
+            pairs = labelled_pairs(base, train_prompts, args.pairs, seed=k, noise=0.5)
+            train_reward_model(path, base, pairs, learning_rate=5e-4, seed=k, name=path.name, max_length=CONTEXT)
+
+    task = Task("e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION)
+    rows = measure_task(task, base, judge, members, args.seeds, log=lambda message: console.log(message))
+    print_table(rows, console)
+    write_report(
+        ROOT / "benchmarks" / "results" / "e2e_nlg.json",
+        {
+            "rows": rows,
+            "settings": {k: v for k, v in vars(args).items() if k not in ("data", "work")},
+            "seconds": time.perf_counter() - started,
+            "machine": {"processor": platform.machine(), "cores": torch.get_num_threads()},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        },
+    )
+    plot_frontier(rows, ROOT / "docs" / "img" / "e2e_frontier.png")
+    plot_generations(rows, ROOT / "docs" / "img" / "e2e_generations.png")
+
+
+if __name__ == "__main__":
+    main()

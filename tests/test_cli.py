@@ -1,0 +1,197 @@
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from vgf_llm import __version__, cli
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("the food was\n\nthe staff were nice but\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arguments(saved, prompts):
+    """A small `vgf sample`; the options given win over those before them."""
+
+    def make(*options):
+        models = ["--model", saved["lm"], "--reward-model", saved["reward"]]
+        sizes = ["--num-particles", 4, "--max-completion-length", 8]
+        return [str(word) for word in ("sample", *models, "--prompts", prompts, *sizes, *options)]
+
+    return make
+
+
+def fails(argv, capsys):
+    """The one line that bad input ends in."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    (line,) = re.findall(r"^vgf: error: .*$", captured.err, flags=re.MULTILINE)
+    assert captured.err.endswith(f"{line}\n")
+    return line
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"vgf_llm {__version__}\n"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom vgf_llm.cli import main\ntry:\n    main(['sample', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_sample_writes_one_record_per_prompt(arguments, capsys):
+    assert cli.main(arguments()) == 0
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [record["prompt"] for record in records] == ["the food was", "the staff were nice but"]
+    assert "prompts" in captured.err  # the progress bar
+    for record in records:
+        assert list(record) == ["prompt", "completion", "reward", "reward_initial_best", "kl", "generations"]
+        assert record["reward"] >= record["reward_initial_best"]
+        assert record["generations"] >= 4
+
+
+def test_zero_steps_is_best_of_n(arguments, capsys):
+    assert cli.main(arguments("--steps", 0)) == 0
+    for line in capsys.readouterr().out.splitlines():
+        record = json.loads(line)
+        assert record["reward"] == record["reward_initial_best"]
+        assert record["kl"] == 0
+        assert record["generations"] == pytest.approx(4)
+
+
+def test_the_seed_makes_the_result(arguments, capsys):
+    outputs = []
+    for seed in (3, 3, 4):
+        assert cli.main(arguments("--seed", seed)) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_sample_reads_an_ensemble_and_writes_to_a_file(arguments, saved, tmp_path, capsys):
+    output = tmp_path / "new" / "out.jsonl"
+    assert cli.main(arguments("--reward-model", saved["reward"], saved["reward"], "--output", output)) == 0
+    assert capsys.readouterr().out == ""
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 2
+    assert os.listdir(output.parent) == ["out.jsonl"]
+
+
+def test_a_failed_run_leaves_an_earlier_file_alone(arguments, saved, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_text("earlier", encoding="utf-8")
+    fails(arguments("--reward-model", saved["other_reward"], "--output", output), capsys)
+    assert output.read_text(encoding="utf-8") == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "prompts.txt"}
+
+
+def test_prompts_of_every_kind(tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": "a\u2028b"}]
+    lines = [json.dumps({"prompt": "the food"}), json.dumps({"prompt": chat}, ensure_ascii=False), ""]
+    (tmp_path / "p.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert cli.read_prompts(tmp_path / "p.jsonl") == ["the food", chat]
+    (tmp_path / "p.txt").write_text(" the food was \n{a}\n\n", encoding="utf-8")
+    assert cli.read_prompts(tmp_path / "p.txt") == [" the food was ", "{a}"]
+    for text, expected in (('{"prompt": "a"}\n', ["a"]), ("a\nb", ["a", "b"])):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO(text))
+            assert cli.read_prompts("-") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no prompts"),
+        ("\n \n", "no prompts"),
+        ('{"prompt": "a"}\n{"text": "b"}', 'line 2 has no "prompt"'),
+        ('{"prompt": ""}', 'no "prompt"'),
+        ('{"prompt": []}', 'no "prompt"'),
+        ('{"prompt": [{"role": "user"}]}', 'no "prompt"'),
+        ("[1]", 'no "prompt"'),
+        ("the food", "is not JSON"),
+    ],
+)
+def test_bad_prompts(arguments, tmp_path, capsys, content, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content, encoding="utf-8")
+    assert says in fails(arguments("--prompts", path), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompts", "/no/such/file"], "error: /no/such/file: No such file"),
+        (["--prompts", "."], "directory"),
+        (["--model", "/no/such/model"], "cannot load /no/such/model"),
+        (["--reward-model", "no/such-model"], "cannot load no/such-model"),
+        (["--steps", "-1"], "steps"),
+        (["--kl-budget", "nan"], "kl_budget"),
+        (["--num-particles", "0"], "num_particles"),
+        (["--temperature", "0"], "temperature"),
+        (["--max-completion-length", "1000"], "context"),
+        (["--output", "."], "directory"),
+        (["--steps", "many"], "invalid int value"),
+        (["--nonsense"], "unrecognized"),
+    ],
+)
+def test_bad_options(arguments, capsys, options, says):
+    assert says in fails(arguments(*options), capsys)
+
+
+def test_a_missing_option_or_command_is_one_line(capsys):
+    assert "--model" in fails(["sample"], capsys)
+    assert "COMMAND" in fails([], capsys)
+
+
+def test_demo_hands_its_options_over(monkeypatch, tmp_path):
+    demo = pytest.importorskip("vgf_llm.evaluation.demo")
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: seen.append((args, kwargs)) or {})
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "d"), "--quick"]) == 0
+    assert seen == [((tmp_path / "d",), {"quick": True})]
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(monkeypatch, arguments, tmp_path, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "sample", interrupted)
+    assert cli.main(arguments("--output", tmp_path / "out.jsonl")) == 130
+    assert capsys.readouterr().err == "vgf: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "vgf_llm", "sample", "--nonsense"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("vgf: error: ")
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch, arguments, capfd):
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "sample", closed)
+    monkeypatch.setattr(os, "dup2", lambda *fds: None)
+    assert cli.main(arguments()) == 141
+    assert capfd.readouterr().err == ""

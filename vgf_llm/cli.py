@@ -1,0 +1,245 @@
+"""The command `vgf`. Thin: every command is a function of this module, and the work is done elsewhere.
+
+    vgf demo                                                 the whole method on the embedded data, on a CPU
+    vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
+
+Libraries are imported inside the commands, so that `vgf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from vgf_llm import __version__
+
+
+if TYPE_CHECKING:
+    from vgf_llm.flow import TransportBudget
+    from vgf_llm.text.sampler import Prompt
+
+
+def demo(output_dir: str | Path = "outputs/demo", quick: bool = False) -> dict[str, Any]:
+    """Train the small models of the embedded data set, measure the method beside its baselines, write the report.
+
+    Args:
+        output_dir: where models, report and figures go.
+        quick: fewer prompts and shorter training: shows that everything runs, and is no measurement.
+    """
+    from vgf_llm.evaluation.demo import run_demo
+
+    return run_demo(Path(output_dir), quick=quick)
+
+
+def sample(
+    model: str,
+    reward_models: Sequence[str],
+    prompts: Sequence[Prompt],
+    *,
+    num_particles: int = 8,
+    budget: TransportBudget | None = None,
+    max_completion_length: int = 64,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """The selected completion of every prompt, with what it earned and what it cost.
+
+    Args:
+        model, reward_models: paths or hub ids; several reward models are an ensemble (`DifferentiableReward`). They
+            run on the GPU if there is one.
+        The others: as in `VGFSampler` and `VGFSampler.sample`.
+
+    Returns:
+        One record per prompt: `prompt`, `completion`, `reward`, `reward_initial_best` (what best-of-N over the initial
+        particles earns), `kl` (nats spent by the tilts of the selected completion) and `generations` (completions
+        decoded, `VGFOutput.generations`).
+
+    Raises:
+        ValueError, OSError: those of `VGFSampler` and of loading a model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from vgf_llm.text import VGFSampler
+
+    for name in (model, *reward_models):
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:  # whose message need not name the model
+            raise ValueError(f"cannot load {name}: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
+    language_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampler = VGFSampler(language_model, list(reward_models), tokenizer, temperature=temperature, top_k=top_k, top_p=top_p)
+    output = sampler.sample(prompts, num_particles, budget, max_completion_length, seed, progress=progress)
+    spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
+    columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
+    numbers = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("reward", "reward_initial_best", "kl", "generations")
+    return [
+        {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
+        for prompt, completion, row in zip(prompts, output.completions, numbers, strict=True)
+    ]
+
+
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Prompts of a file, or of standard input where `source` is "-". Empty lines are skipped.
+
+    One prompt per line as it stands, or one JSON object per line whose "prompt" is a string or a list of chat
+    messages: in files that end in `.jsonl`, and on standard input if its first character is "{".
+
+    Raises:
+        ValueError: no prompt, or a line that holds none.
+        OSError: the file cannot be read.
+    """
+    if str(source) == "-":
+        name, text = "standard input", sys.stdin.read()
+        is_json = text.lstrip().startswith("{")
+    else:
+        path = Path(source)
+        name, text = str(path), path.read_text(encoding="utf-8")
+        is_json = path.suffix == ".jsonl"
+    # Not splitlines: a JSON string may hold the other line separators of Unicode.
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"no prompts in {name}")
+    if not is_json:
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"{name}, line {number}") for number, line in lines]
+
+
+def _prompt_of(line: str, place: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error.msg}") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return prompt
+    raise ValueError(f'{place} has no "prompt": a string, or a list of messages with "role" and "content"')
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+@contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears only when all of it is written."""
+    if path is None:
+        yield sys.stdout
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    demo(args.output_dir, args.quick)  # says itself what it does and where it writes
+
+
+def _run_sample(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args.prompts)
+    from vgf_llm.flow import TransportBudget
+
+    budget = TransportBudget(steps=args.steps, kl_budget=args.kl_budget, rounds=args.rounds)
+    # Opened first: a place that cannot be written must fail before the work is done.
+    with open_output(args.output) as file:
+        records = sample(
+            args.model,
+            args.reward_model,
+            prompts,
+            num_particles=args.num_particles,
+            budget=budget,
+            max_completion_length=args.max_completion_length,
+            seed=args.seed,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            progress=True,
+        )
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False), file=file)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error of the command."""
+        self.exit(2, f"vgf: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vgf", description="Value Gradient Flow for language models.")
+    parser.add_argument("--version", action="version", version=f"vgf_llm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    run = commands.add_parser("demo", help="the whole method on the embedded data, on a CPU", formatter_class=with_defaults)
+    run.add_argument("--output-dir", default="outputs/demo", metavar="DIR", help="models, report and figures")
+    run.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures nothing")
+    run.set_defaults(run=_run_demo)
+
+    run = commands.add_parser(
+        "sample", help="best transported completion of every prompt, as JSONL", formatter_class=with_defaults
+    )
+    # No default is shown where there is none.
+    required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
+    run.add_argument("--model", metavar="DIR", help="causal language model", **required)
+    run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
+    run.add_argument("--prompts", metavar="FILE", help='prompt per line, or JSONL with "prompt"; - is standard input', **required)
+    run.add_argument("--num-particles", type=int, default=8, metavar="N", help="particles per prompt")
+    run.add_argument("--steps", type=int, default=5, metavar="L", help="flow steps; 0 is best-of-N")
+    run.add_argument("--kl-budget", type=float, default=2.0, metavar="NATS", help="what one decode may spend")
+    run.add_argument("--rounds", type=int, default=1, metavar="R", help="how often flow and decode alternate")
+    run.add_argument("--max-completion-length", type=int, default=64, metavar="T", help="in tokens")
+    run.add_argument("--seed", type=int, default=0, help="of the noise")
+    run.add_argument("--temperature", type=float, default=1.0, help="of the base model")
+    run.add_argument("--top-k", type=int, default=0, help="of the base model; 0 keeps all tokens")
+    run.add_argument("--top-p", type=float, default=1.0, help="of the base model; 1.0 keeps all tokens")
+    run.add_argument("--output", metavar="FILE", default=argparse.SUPPRESS, help="default: standard output")
+    run.set_defaults(run=_run_sample)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    args.output = getattr(args, "output", None)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("vgf: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe, e.g. `head`, has seen enough. Nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"  # without the number of the system's error
+        print(f"vgf: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    return 0

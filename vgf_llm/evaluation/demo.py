@@ -1,0 +1,188 @@
+"""The main job on the embedded data: train a small world, align it at test time and by fine-tuning, measure, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vgf_llm.data import reviews
+from vgf_llm.flow import TransportBudget
+from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.trainer import VGFConfig, VGFTrainer
+
+from .frontier import Measured, Plan, Row, Task, measure_task, row
+from .metrics import judge_nll
+from .plots import plot_budget, plot_frontier, plot_generations
+from .report import print_table, write_report
+from .world import Settings, World, artefact, build_world
+
+
+MAX_COMPLETION = 64
+STUDENT_STEPS = 30
+STUDENT_BATCH = 16
+STUDENT_LEARNING_RATE = 5e-4
+
+
+def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1, 2)) -> dict:
+    """Run everything, write `report.json` and the plots to `output_dir`, print the table, and return the report.
+
+    Trained models are kept under `output_dir/models` and found again by their settings. `quick` trains smaller models on fewer
+    steps and measures fewer prompts: it shows that everything runs, not what the method can do.
+    """
+    console, started = Console(), time.perf_counter()
+
+    def log(message: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - started:6.0f} s[/dim]  {message}")
+
+    settings = Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if quick else Settings()
+    plan = Plan(pool=16, kl_budgets=(1.0, 4.0), kl_budget=1.0) if quick else Plan()
+    prompts = 8 if quick else 48
+    seeds = tuple(seeds)[:1] if quick else tuple(seeds)
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    world = build_world(output_dir / "models", settings, log)
+    trained = time.perf_counter() - started
+
+    rows: list[Row] = []
+    for name, gold in reviews.GOLD.items():
+        task = Task(name, gold, lambda seed, name=name: reviews.generate_prompts(prompts, seed, name), MAX_COMPLETION)
+        rows += measure_task(
+            task,
+            world.base,
+            world.judge,
+            world.rewards[name],
+            seeds,
+            plan,
+            calibration=world.calibration[name],
+            log=log,
+        )
+        if name == "content":
+            rows += _students(output_dir / "models", task, world, settings, plan, seeds, 2 if quick else STUDENT_STEPS, log)
+    report = {
+        "rows": rows,
+        "seconds": {"total": time.perf_counter() - started, "models": trained},
+        "quick": quick,
+        "prompts_per_seed": prompts,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        },
+    }
+    print_table(rows, console)
+    write_report(output_dir / "report.json", report)
+    plot_frontier(rows, output_dir / "frontier.png")
+    plot_generations(rows, output_dir / "generations.png")
+    plot_budget(rows, output_dir / "budget.png")
+    log(f"wrote {output_dir / 'report.json'} and frontier.png, generations.png, budget.png beside it")
+    return report
+
+
+def _students(
+    directory: Path,
+    task: Task,
+    world: World,
+    settings: Settings,
+    plan: Plan,
+    seeds: Sequence[int],
+    steps: int,
+    log: Callable[[str], None],
+) -> list[Row]:
+    """Two policies fitted for the same number of steps: to the best of 16 samples, and to VGF particles of 8 samples."""
+    rows = []
+    for method, particles, flow_steps in (
+        ("student_best_of_n", 16, 0),
+        ("student_vgf", plan.num_particles, plan.steps),
+    ):
+        measured = Measured([], [], [], [], [], [], [], [], [], 0.0)
+        for seed in seeds:
+
+            def make(out: Path, s: Settings, seed: int = seed, particles: int = particles, flow_steps: int = flow_steps) -> None:
+                started = time.perf_counter()
+                trainer = VGFTrainer(
+                    model=str(world.base),
+                    reward_funcs=_reward(world, task.name),
+                    args=VGFConfig(
+                        output_dir=str(out),
+                        num_generations=particles,
+                        max_completion_length=MAX_COMPLETION,
+                        flow_steps=flow_steps,
+                        flow_step_size=plan.step_size,
+                        flow_kl_budget=plan.kl_budget,
+                        flow_rounds=plan.rounds,
+                        flow_horizon=plan.horizon,
+                        flow_batch_size=64 * plan.num_particles,
+                        per_device_train_batch_size=STUDENT_BATCH,
+                        steps_per_generation=5,
+                        max_steps=steps,
+                        learning_rate=STUDENT_LEARNING_RATE,
+                        lr_scheduler_type="constant",
+                        activation_checkpointing=False,
+                        logging_steps=steps,
+                        save_strategy="no",
+                        report_to="none",
+                        use_cpu=not torch.cuda.is_available(),
+                        seed=seed,
+                    ),
+                    train_dataset=Dataset.from_dict(
+                        {"prompt": reviews.generate_prompts(steps * STUDENT_BATCH, 10_000 + seed, task.name)}
+                    ),
+                )
+                trainer.train()
+                trainer.save_model()
+                (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+
+            path = artefact(directory, f"{method}-{task.name}-{seed}", (settings, plan, steps), make, log)
+            _judge_student(measured, task, world, path, seed)
+        extra = {"steps": steps, "members": settings.members, "seeds": len(seeds)}
+        rows.append(row(task, method, measured, 1, 1, training_particles=particles, **extra))
+    return rows
+
+
+def _reward(world: World, task: str) -> DifferentiableReward:
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    return DifferentiableReward(world.rewards[task], tokenizer, calibration=world.calibration[task])
+
+
+def _judge_student(measured: Measured, task: Task, world: World, path: Path, seed: int) -> None:
+    """Fresh samples of the student: 8 per held-out prompt, all of them counted. KL(student || base) from the same samples."""
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    student = AutoModelForCausalLM.from_pretrained(path)
+    base, judge = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (world.base, world.judge))
+    prompts = task.prompts(seed)
+    out = (
+        VGFSampler(student, _reward(world, task.name), tokenizer, flow_batch_size=512)
+        .sample(prompts, 8, TransportBudget(steps=0), task.max_completion_length, seed=seed)
+        .initial
+    )
+    flat = [p for p in prompts for _ in range(8)]
+    ids = [i for row in out.completion_ids for i in row]
+    by_prompt = {
+        "proxy": out.rewards,
+        "nll_base": judge_nll(base, tokenizer, flat, ids).view(-1, 8),
+        "nll_judge": judge_nll(judge, tokenizer, flat, ids).view(-1, 8),
+    }
+    gold = [float(np.mean([task.gold(p, c) for c in cs])) for p, cs in zip(prompts, out.completions, strict=True)]
+    measured.gold += gold
+    measured.population_gold += gold
+    measured.proxy += by_prompt["proxy"].mean(1).tolist()
+    measured.nll_base += by_prompt["nll_base"].mean(1).tolist()
+    measured.nll_judge += by_prompt["nll_judge"].mean(1).tolist()
+    kl = (out.logprobs.double() + by_prompt["nll_base"]).mean(1).tolist()
+    measured.kl += kl
+    measured.population_kl += kl
+    measured.completions += [cs[0] for cs in out.completions]
+    measured.generations += [1.0] * len(prompts)
+    measured.seconds += json.loads((path / "seconds.json").read_text())

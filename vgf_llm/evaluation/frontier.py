@@ -1,0 +1,282 @@
+"""One task measured: best-of-n for every n from one pool, VGF at several budgets, and the controls, on paired prompts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from vgf_llm.flow import TransportBudget, best_of_n_curve, best_of_n_kl
+from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
+
+from .controls import flip, random_direction, shuffle_positions
+from .metrics import bootstrap_ci, distinct_n, judge_nll, reward_quantile_kl, selection_kl
+
+
+Gold = Callable[[str, str], float]
+Row = dict[str, object]
+
+POOL_SEED = 1_000_000
+
+CONTROLS = {"vgf_random": random_direction, "vgf_flip": flip, "vgf_shuffle": shuffle_positions}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked and how it is judged.
+
+    `prompts(seed)` are the held-out prompts of one seed; seeds do not share prompts, so that intervals over prompts cover both.
+    """
+
+    name: str
+    gold: Gold
+    prompts: Callable[[int], list[str]]
+    max_completion_length: int
+
+
+@dataclass
+class Measured:
+    """Completions of one method over all prompts of all seeds, and what they cost.
+
+    One entry per selected completion; `population_gold` is the mean gold over all particles of a prompt.
+    """
+
+    completions: list[str]
+    proxy: list[float]
+    gold: list[float]
+    kl: list[float]
+    nll_base: list[float]
+    nll_judge: list[float]
+    population_gold: list[float]
+    population_kl: list[float]
+    generations: list[float]
+    seconds: float
+
+
+def measure_vgf(
+    task: Task,
+    sampler: VGFSampler,
+    judge: PreTrainedModel,
+    seeds: Sequence[int],
+    num_particles: int,
+    budget: TransportBudget,
+    **sample_options: object,
+) -> Measured:
+    """Run the sampler on the prompts of every seed and judge what it selects."""
+    m = Measured([], [], [], [], [], [], [], [], [], 0.0)
+    for seed in seeds:
+        prompts = task.prompts(seed)
+        started = time.perf_counter()
+        out = sampler.sample(prompts, num_particles, budget, task.max_completion_length, seed=seed, **sample_options)
+        m.seconds += time.perf_counter() - started
+        _judge(m, task, sampler, judge, prompts, out)
+    return m
+
+
+def _judge(m: Measured, task: Task, sampler: VGFSampler, judge: PreTrainedModel, prompts: list[str], out: VGFOutput) -> None:
+    n = out.transported.rewards.shape[1]
+    rows = torch.arange(len(prompts))
+    moved = out.selected < n
+    pick = out.selected % n
+    zero = torch.zeros(len(prompts))
+    m.completions += out.completions
+    m.proxy += out.rewards.tolist()
+    m.gold += [task.gold(p, c) for p, c in zip(prompts, out.completions, strict=True)]
+    # The log ratio of what was selected, not the mean KL of its path: selection prefers unlikely moves.
+    m.kl += torch.where(moved, out.transported.log_ratio[rows, pick], zero).tolist()
+    m.nll_base += (-torch.where(moved, out.transported.logprobs[rows, pick], out.initial.logprobs[rows, pick])).tolist()
+    m.nll_judge += judge_nll(judge, sampler.processing_class, prompts, out.completion_ids).tolist()
+    m.population_gold += [
+        float(np.mean([task.gold(p, c) for c in cs])) for p, cs in zip(prompts, out.transported.completions, strict=True)
+    ]
+    m.population_kl += out.transported.kl.mean(1).tolist()
+    m.generations += out.generations.tolist()
+
+
+def row(task: Task, method: str, m: Measured, num_particles: int, candidates: int, **more: object) -> Row:
+    """One line of `report.json`. `candidates` completions took part in the selection: its share of the KL bound."""
+    low, high = bootstrap_ci(np.array(m.gold))
+    return {
+        "task": task.name,
+        "method": method,
+        "num_particles": num_particles,
+        "generations": float(np.mean(m.generations)),
+        "reward_proxy": float(np.mean(m.proxy)),
+        "reward_gold": float(np.mean(m.gold)),
+        "reward_gold_low": low,
+        "reward_gold_high": high,
+        "reward_gold_population": float(np.mean(m.population_gold)),
+        "kl_nats": selection_kl(m.kl, candidates),
+        "kl_population": float(np.mean(m.population_kl)),
+        "nll_base": float(np.mean(m.nll_base)),
+        "nll_judge": float(np.mean(m.nll_judge)),
+        "distinct_2": distinct_n(m.completions, 2),
+        "seconds": m.seconds,
+        **more,
+    }
+
+
+@dataclass
+class Pool:
+    """M base samples for every prompt of every seed, judged once; best-of-n for every n <= M comes from it."""
+
+    proxy: torch.Tensor  # [P, M]
+    gold: torch.Tensor  # [P, M]
+    nll_base: torch.Tensor  # [P, M]
+    nll_judge: torch.Tensor  # [P, M]
+    completions: list[list[str]]
+    seconds: float
+
+
+def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Sequence[int], size: int) -> Pool:
+    """`size` samples per prompt, scored by the sampler's reward, the gold reward, the base model and the judge."""
+    parts, seconds = [], 0.0
+    for seed in seeds:
+        prompts = task.prompts(seed)
+        started = time.perf_counter()
+        # Noise of its own: where VGF's completions are ranked in the pool, they must not be part of it.
+        out = sampler.sample(prompts, size, TransportBudget(steps=0), task.max_completion_length, seed=POOL_SEED + seed)
+        seconds += time.perf_counter() - started
+        gold = torch.tensor([[task.gold(p, c) for c in cs] for p, cs in zip(prompts, out.initial.completions, strict=True)])
+        flat_prompts = [p for p in prompts for _ in range(size)]
+        flat_ids = [ids for row in out.initial.completion_ids for ids in row]
+        nll = judge_nll(judge, sampler.processing_class, flat_prompts, flat_ids).view(len(prompts), size)
+        parts.append((out.initial.rewards, gold, -out.initial.logprobs, nll, out.initial.completions))
+    return Pool(
+        *(torch.cat([p[i] for p in parts]) for i in range(4)),
+        completions=[c for p in parts for c in p[4]],
+        seconds=seconds,
+    )
+
+
+def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) -> list[Row]:
+    """Unbiased best-of-n by the pool's proxy, for gold, proxy and both likelihoods. `base` is n = 1."""
+    size = pool.proxy.shape[1]
+    curves = {
+        name: best_of_n_curve(pool.proxy, values, ns).numpy()
+        for name, values in (
+            ("reward_gold", pool.gold),
+            ("reward_proxy", pool.proxy),
+            ("nll_base", pool.nll_base),
+            ("nll_judge", pool.nll_judge),
+        )
+    }
+    rows: list[Row] = []
+    for i, n in enumerate(ns):
+        low, high = bootstrap_ci(curves["reward_gold"][:, i])
+        chosen = [texts[int(p[:n].argmax())] for texts, p in zip(pool.completions, pool.proxy, strict=True)]
+        rows.append(
+            {
+                "task": task.name,
+                "method": "base" if n == 1 else "best_of_n",
+                "num_particles": n,
+                "generations": float(n),
+                "steps": 0,
+                **{name: float(curve[:, i].mean()) for name, curve in curves.items()},
+                "reward_gold_low": low,
+                "reward_gold_high": high,
+                "kl_nats": best_of_n_kl(n),
+                "distinct_2": distinct_n(chosen, 2),
+                "seconds": pool.seconds * n / size,
+                **more,
+            }
+        )
+    return rows
+
+
+NS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run for every task. The defaults are those of the demonstration, chosen on the proxy reward of other prompts."""
+
+    pool: int = 64
+    num_particles: int = 8
+    steps: int = 5
+    step_size: float = 0.5
+    rounds: int = 2
+    movers: int = 4
+    kl_budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    kl_budget: float = 2.0  # of the controls and of the comparison of one member with several
+    horizon: int | None = 0
+
+
+def measure_task(
+    task: Task,
+    base: Path,
+    judge: Path,
+    members: Sequence[Path],
+    seeds: Sequence[int],
+    plan: Plan | None = None,
+    *,
+    calibration: Sequence[tuple[float, float]] | None = None,
+    log: Callable[[str], None],
+) -> list[Row]:
+    """All rows of one task: base, best-of-n, VGF over budgets, its controls; with all members and with one.
+
+    Every row names its `members`; `verified` rows accept and select as a user would, the others show the raw transported
+    population, which is where a control has to show itself.
+    """
+    plan = Plan() if plan is None else plan
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    judge_model = AutoModelForCausalLM.from_pretrained(judge).eval()
+    if calibration is None:
+        calibration = [tuple(json.loads((Path(m) / "calibration.json").read_text())) for m in members]
+    ensemble = DifferentiableReward(list(members), tokenizer, calibration=calibration)
+    single = DifferentiableReward(members[0], tokenizer, calibration=calibration[:1])
+
+    def sampler(reward: DifferentiableReward) -> VGFSampler:
+        return VGFSampler(
+            model, reward, tokenizer, horizon=plan.horizon, movers=plan.movers, flow_batch_size=64 * plan.num_particles
+        )
+
+    rows: list[Row] = []
+    for reward, size in ((ensemble, len(members)), (single, 1)):
+        log(f"{task.name}: best-of-n from a pool of {plan.pool}, {size} reward model(s)")
+        pool = draw_pool(task, sampler(reward), judge_model, seeds, plan.pool)
+        rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
+        budgets = plan.kl_budgets if reward is ensemble else (plan.kl_budget,)
+        runs = [("vgf", b, True, None) for b in budgets]
+        if reward is ensemble:
+            runs.append(("vgf", plan.kl_budget, False, None))
+            runs += [(name, plan.kl_budget, False, direction) for name, direction in CONTROLS.items()]
+            runs += [("vgf_random", plan.kl_budget, True, CONTROLS["vgf_random"])]
+        for method, kl_budget, verify, direction in runs:
+            log(f"{task.name}: {method} at {kl_budget:g} nats per decode{'' if verify else ', raw'}, {size} reward model(s)")
+            budget = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=plan.rounds)
+            measured = measure_vgf(
+                task,
+                sampler(reward),
+                judge_model,
+                seeds,
+                plan.num_particles,
+                budget,
+                verify=verify,
+                direction=direction,
+            )
+            candidates = plan.num_particles + plan.rounds * plan.movers if verify else plan.num_particles
+            rows.append(
+                row(
+                    task,
+                    method,
+                    measured,
+                    plan.num_particles,
+                    candidates,
+                    steps=plan.steps,
+                    rounds=plan.rounds,
+                    kl_budget=kl_budget,
+                    verified=verify,
+                    members=size,
+                    seeds=len(seeds),
+                    kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),
+                )  # fmt: skip
+            )
+    return rows

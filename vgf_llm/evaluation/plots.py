@@ -1,0 +1,310 @@
+"""Figures of a report (rows as in `report`): PNG, one column of panels per task, legends below the data.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; markers tell the same by shape. Figures are
+drawn by Agg without pyplot, so the caller's backend and open figures stay as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .report import METHOD_NAMES, Row, by_task, write_atomically
+
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+GREY, DARK = "#777777", "#333333"
+# Of VGF at several settings: one colour and marker each.
+_SETTINGS = ((VERMILION, "o"), (GREEN, "s"), (PURPLE, "D"), (ORANGE, "^"), (SKY, "v"), (DARK, "X"))
+_STUDENTS = {
+    "student_best_of_n": ("student of best-of-n", BLUE, "*"),
+    "student_vgf": ("student of VGF", VERMILION, "P"),
+}
+_CONTROLS = {"vgf_random": "x", "vgf_flip": "v", "vgf_shuffle": "D"}
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+_SETTING_NAMES = {
+    "num_particles": "N={}",
+    "steps": "L={}",
+    "rounds": "{} rounds",
+    "members": "{} reward models",
+    "verified": "verified: {}",
+}
+
+
+def plot_frontier(rows: Sequence[Row], path: str | Path) -> None:
+    """Gold reward against KL from the base model in nats: the best-of-n curve, VGF, its controls and the students.
+
+    Rows without `kl_nats` or `reward_gold` are left out. Bars are the 95 % intervals.
+
+    Raises:
+        ValueError: nothing to draw, or a row without task or method.
+        OSError: the file cannot be written.
+    """
+    with matplotlib.rc_context(_STYLE):
+        tasks = _tasks(rows, ("kl_nats", "reward_gold"))
+        figure, axes = _panels(len(tasks), 1, "Gold reward per nat of KL from the base model")
+        for (ax,), (task, of_task) in zip(axes, tasks.items(), strict=True):
+            curve = _sorted(_of(of_task, "base", "best_of_n"), "kl_nats")
+            _line(ax, curve, "kl_nats", "best-of-n (number: n)", BLUE, "o", band=True)
+            _moved(ax, of_task, "kl_nats")
+            ax.set(title=task, xlabel="KL from the base model (nats)", ylabel="gold reward")
+            ax.margins(x=0.06, y=0.12)
+            _annotate_n(ax, curve)
+        _legend(figure, axes)
+        _save(figure, path)
+
+
+def plot_generations(rows: Sequence[Row], path: str | Path) -> None:
+    """Gold reward against what it costs: base-model generations per prompt, on a log2 axis.
+
+    Rows without `generations` or `reward_gold` are left out. Bars are the 95 % intervals.
+
+    Raises:
+        ValueError: nothing to draw, generations that are not positive, or a row without task or method.
+        OSError: the file cannot be written.
+    """
+    with matplotlib.rc_context(_STYLE):
+        tasks = _tasks(rows, ("generations", "reward_gold"))
+        if any(row["generations"] <= 0 for of_task in tasks.values() for row in of_task):
+            raise ValueError("generations must be positive: the base model writes at least one completion")
+        figure, axes = _panels(len(tasks), 1, "Gold reward per generation of the base model")
+        for (ax,), (task, of_task) in zip(axes, tasks.items(), strict=True):
+            for row in _of(of_task, "base")[:1]:
+                ax.axhline(row["reward_gold"], color=GREY, linestyle=":", linewidth=1.4, label="base")
+            curve = _sorted(_of(of_task, "base", "best_of_n"), "generations")
+            _line(ax, curve, "generations", "best-of-n", BLUE, "o", band=True)
+            _moved(ax, of_task, "generations", joined=False)
+            ax.set(title=task, xlabel="generations per prompt (log scale)", ylabel="gold reward")
+            ax.set_xscale("log", base=2)
+            _plain_log2(ax, [row["generations"] for row in of_task])
+            ax.margins(y=0.12)
+        _legend(figure, axes)
+        _save(figure, path)
+
+
+def plot_budget(rows: Sequence[Row], path: str | Path) -> None:
+    """Proxy and gold reward of VGF against the KL budget of a decode, stacked, with the budget where gold is highest.
+
+    Takes the rows of method "vgf" with `kl_budget`, `reward_proxy` and `reward_gold`; a budget of 0 (nothing moves) is
+    a horizontal line. Where gold turns over while proxy still rises, the reward model is being over-optimised. A
+    dashed line marks the best budget of each setting.
+
+    Raises:
+        ValueError: nothing to draw, a negative budget, or a row without task or method.
+        OSError: the file cannot be written.
+    """
+    with matplotlib.rc_context(_STYLE):
+        tasks = _tasks([row for row in rows if row.get("method", "vgf") == "vgf"], ("kl_budget", "reward_proxy", "reward_gold"))
+        if any(row["kl_budget"] < 0 for of_task in tasks.values() for row in of_task):
+            raise ValueError("kl_budget must not be negative")
+        figure, axes = _panels(len(tasks), 2, "Proxy and gold reward as the KL budget grows")
+        for (above, below), (task, of_task) in zip(axes, tasks.items(), strict=True):
+            moving = [row for row in of_task if row["kl_budget"] > 0]
+            for row in [row for row in of_task if row["kl_budget"] == 0][:1]:
+                for ax, key in ((above, "reward_proxy"), (below, "reward_gold")):
+                    ax.axhline(row[key], color=GREY, linestyle=":", linewidth=1.4, label="budget 0 (best-of-n)")
+            peaks = []
+            for index, (name, series) in enumerate(_settings(moving)):
+                colour, marker = _SETTINGS[index % len(_SETTINGS)]
+                series = _sorted(series, "kl_budget")
+                label = f"VGF {name}".strip()
+                _line(above, series, "kl_budget", label, colour, marker, y="reward_proxy")
+                _line(below, series, "kl_budget", label, colour, marker, band=True)
+                best = max(series, key=lambda row: row["reward_gold"])
+                peaks.append((best["kl_budget"], colour, best is series[-1]))
+            for ax in (above, below):
+                for budget, colour, _ in peaks:
+                    ax.axvline(budget, color=colour, linestyle="--", linewidth=1.2, alpha=0.8)
+                if moving:
+                    ax.set_xscale("log", base=2)
+                    _plain_log2(ax, [row["kl_budget"] for row in moving])
+                ax.margins(y=0.12)
+            said = " and ".join(f"{budget:g}" for budget in sorted({budget for budget, *_ in peaks}))
+            edge = " (largest tried)" if peaks and all(last for *_, last in peaks) else ""
+            above.set(title=f"{task}\ngold is highest at {said} nats{edge}" if peaks else task)
+            above.set_ylabel("proxy reward\n(calibrated standard deviations)")
+            below.set(xlabel="KL budget of a decode (nats per completion, log scale)", ylabel="gold reward")
+            above.tick_params(labelbottom=False)
+        _legend(figure, axes)
+        _save(figure, path)
+
+
+def _tasks(rows: Sequence[Row], needed: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows that hold what is drawn, by task."""
+    kept = {
+        task: [row for row in of_task if all(row.get(key) is not None for key in needed)]
+        for task, of_task in by_task(rows).items()
+    }
+    kept = {task: of_task for task, of_task in kept.items() if of_task}
+    if not kept:
+        raise ValueError(f"no row has all of {', '.join(needed)}: nothing to draw")
+    return kept
+
+
+def _of(rows: Sequence[Row], *methods: str) -> list[Row]:
+    return [row for row in rows if row["method"] in methods]
+
+
+def _sorted(rows: Sequence[Row], key: str) -> list[Row]:
+    return sorted(rows, key=lambda row: row[key])
+
+
+def _settings(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows that share their settings, named by the settings that differ between series, and by N always."""
+    varied = [
+        key
+        for key in _SETTING_NAMES
+        if key == "num_particles" and any(row.get(key) is not None for row in rows)
+        or len({row.get(key) for row in rows}) > 1
+    ]  # fmt: skip
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        name = ", ".join(_SETTING_NAMES[key].format(_said(row[key])) for key in varied if row.get(key) is not None)
+        series.setdefault(name, []).append(row)
+    return list(series.items())
+
+
+def _said(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
+
+
+def _moved(ax: Axes, rows: Sequence[Row], x: str, joined: bool = True) -> None:
+    """VGF at each setting (its points joined or not), its controls, the students."""
+    for index, (name, series) in enumerate(_settings(_of(rows, "vgf"))):
+        colour, marker = _SETTINGS[index % len(_SETTINGS)]
+        _line(ax, _sorted(series, x), x, f"VGF {name}".strip(), colour, marker, joined=joined)
+    for method, marker in _CONTROLS.items():
+        style: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 6, "linewidth": 1}
+        _points(ax, _of(rows, method), x, f"control: {METHOD_NAMES[method]}", marker=marker, **style)
+    for method, (name, colour, marker) in _STUDENTS.items():
+        style = {
+            "color": colour,
+            "linestyle": "none",
+            "markersize": 14 if marker == "*" else 10,
+            "markeredgecolor": "black",
+            "zorder": 4,
+        }
+        _points(ax, _of(rows, method), x, name, marker=marker, **style)
+
+
+def _line(
+    ax: Axes,
+    rows: Sequence[Row],
+    x: str,
+    label: str,
+    colour: str,
+    marker: str,
+    *,
+    y: str = "reward_gold",
+    band: bool = False,
+    joined: bool = True,
+) -> None:
+    """Points in the order given, joined or not, their intervals as bars or as a band."""
+    style: dict[str, Any] = {
+        "color": colour,
+        "marker": marker,
+        "markersize": 5 if band else 7,
+        "linewidth": 1.6,
+        "zorder": 3,
+    }
+    if not joined:
+        style |= {"linestyle": "none", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    _points(ax, rows, x, label, y=y, band=band, **style)
+
+
+def _points(ax: Axes, rows: Sequence[Row], x: str, label: str, y: str = "reward_gold", band: bool = False, **style: Any) -> None:
+    if not rows:
+        return
+    xs, ys = [float(row[x]) for row in rows], [float(row[y]) for row in rows]
+    low, high = ([_edge(row, y, side) for row in rows] for side in ("low", "high"))
+    if band and len(rows) > 1:
+        ax.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.plot(xs, ys, label=label, **style)
+    else:
+        # An interval of a bootstrap need not hold its mean where prompts are few.
+        below = [max(0.0, v - edge) for v, edge in zip(ys, low, strict=True)]
+        over = [max(0.0, edge - v) for v, edge in zip(ys, high, strict=True)]
+        ax.errorbar(xs, ys, yerr=[below, over], elinewidth=1.2, capsize=0, label=label, **style)
+
+
+def _edge(row: Row, y: str, side: str) -> float:
+    edge = row.get(f"{y}_{side}")
+    return float(row[y] if edge is None else edge)
+
+
+def _panels(columns: int, per_column: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    """A figure and its axes [column][row]."""
+    width = max(6.4, 5.2 * columns)
+    figure = Figure(figsize=(width, 4.8 if per_column == 1 else 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    grid = figure.subplots(per_column, columns, squeeze=False)
+    return figure, [[grid[r][c] for r in range(per_column)] for c in range(columns)]
+
+
+def _legend(figure: Figure, axes: Sequence[Sequence[Axes]]) -> None:
+    """One legend of all panels below them, each label once."""
+    handles: dict[str, Any] = {}
+    for ax in (ax for column in axes for ax in column):
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.1)))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+
+
+def _annotate_n(ax: Axes, curve: Sequence[Row]) -> None:
+    """n under the points of best-of-n, the largest first, where it does not run into the number beside it."""
+    place: Callable[[Any], Any] = ax.transData.transform
+    taken: float = math.inf
+    for row in reversed([row for row in curve if row["method"] == "best_of_n" and row.get("num_particles")]):
+        at = (float(row["kl_nats"]), float(row["reward_gold"]))
+        across = float(place(at)[0]) * 72 / ax.figure.dpi
+        if taken - across < 16:
+            continue
+        taken = across
+        ax.annotate(
+            f"{row['num_particles']:g}",
+            at,
+            xytext=(5, -7),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=8.5,
+            color=BLUE,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+        )
+
+
+def _plain_log2(ax: Axes, values: Sequence[float]) -> None:
+    """Powers of two as plain numbers, few enough not to touch."""
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    step = max(1, math.ceil((high - low) / 8))
+    ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(low, high + 1, step)]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
