@@ -2,9 +2,9 @@
 
     python -m benchmarks.e2e_nlg --data ../e2e-dataset
 
-Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the sentence
-states it), three proxy reward models on pairs of base samples labelled by a noisy version of the gold reward, and prints the table
-of the demonstration. `--data` is a directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
+Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the
+sentence states it), three proxy reward models on pairs of base samples labelled by a noisy version of the gold reward, and
+prints the table of the demonstration. `--data` is a directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
 
 Writes benchmarks/results/e2e_nlg.json and docs/img/e2e_*.png.
 """

@@ -1,6 +1,7 @@
 """VGFSampler by its contract: best-of-N at budget zero, never worse, independent of the call, and loud on errors."""
 
 import inspect
+import itertools
 import random
 import subprocess
 import sys
@@ -144,12 +145,14 @@ def test_a_prompts_result_does_not_depend_on_the_rest_of_the_call(case):
         sampler.flow_batch_size = rng.choice([1, 2 * n, 3 * n + 1, 32])
         sampler.horizon = rng.choice([0, 0, 1, None])
         sampler.gradient_at = rng.choice(["token", "mixture", "path"])
+        sampler.movers = rng.choice([None, 1, 2])
         together = sampler.sample(prompts, n, budget, LENGTH, seed, verify=verify)
         sampler.flow_batch_size = 32
         some = rng.sample(range(len(prompts)), rng.randint(1, 2))
         apart = sampler.sample([prompts[i] for i in some], n, budget, LENGTH, seed, verify=verify)
     finally:
         sampler.flow_batch_size, sampler.horizon, sampler.gradient_at = 32, 0, "path"
+        sampler.movers = None
     for k, b in enumerate(some):
         assert result_of(apart, k) == result_of(together, b)
         torch.testing.assert_close(numbers_of(apart, k), numbers_of(together, b), atol=2e-3, rtol=2e-3)
@@ -228,19 +231,31 @@ def test_the_direction_replaces_the_gradient_and_is_told_where_it_may_point():
     assert seen[0][1].sum(1).tolist() == lengths
 
 
-def test_one_decode_spends_the_kl_budget_and_no_more():
-    budget = TransportBudget(steps=2, kl_budget=0.7)
-    output = COUNT.sample(PROMPTS, 16, budget, 12, 0, verify=False)
+def changes(before, after):
+    """[B][N] whether the tokens of a particle differ."""
+    return [[a != b for a, b in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
+
+
+def test_one_decode_may_spend_the_kl_budget_and_spends_no_more(monkeypatch):
+    seen, plain = [], decode.redecode
+
+    def spy(*args, **kwargs):
+        seen.append(inspect.signature(plain).bind(*args, **kwargs).arguments)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(decode, "redecode", spy)
+    sampler = build(reward="count", flow_batch_size=100)
+    output = sampler.sample(PROMPTS, 16, TransportBudget(steps=2, kl_budget=0.7), 12, 0, verify=False)
+    (given,) = seen
+    log_mu = given["tables"].log_mu
+    price = (decode.kl(decode.tilted(log_mu, given["tilt"]), log_mu) * given["mask"][:, : log_mu.shape[1]]).sum(1)
+    long = given["mask"].sum(1) > 3
+    assert long.any() and price[long].tolist() == pytest.approx([0.7] * int(long.sum()), rel=0.01)
+    # Up to the first change, and only where there is one.
     assert (output.transported.kl <= 0.7 * 1.01).all()
-    moved = [
-        [a != b for a, b in zip(*rows, strict=True)]
-        for rows in zip(output.initial.completion_ids, output.transported.completion_ids, strict=True)
-    ]
-    stayed = [(b, n) for b, row in enumerate(moved) for n, m in enumerate(row) if not m]
-    at_work = [(b, n) for b, n in stayed if len(output.initial.completion_ids[b][n]) > 3]
-    assert at_work and any(any(row) for row in moved)
-    for b, n in at_work:
-        assert float(output.transported.kl[b, n]) == pytest.approx(0.7, rel=0.01)
+    moved = torch.tensor(changes(output.initial.completion_ids, output.transported.completion_ids))
+    assert moved.any() and not moved.all()
+    assert torch.equal(output.transported.kl > 0, moved)
 
 
 def test_a_particle_that_says_the_same_as_before_has_spent_nothing_where_moves_are_verified():
@@ -302,6 +317,53 @@ def test_nothing_leaves_the_support_of_the_base_distribution():
             for t in range(len(completion)):
                 at = len(tokens) - len(completion) + t
                 assert (logits[at - 1] > logits[at - 1, tokens[at]] + 1e-4).sum() < 3
+
+
+# Movers
+
+
+def states(sampler, rounds, n, verify):
+    """Outputs with 0, 1, ... rounds: the populations that one call with all of them passes through."""
+    budgets = [TransportBudget(steps=0), *(TransportBudget(steps=2, rounds=r + 1) for r in range(rounds))]
+    return [sampler.sample(PROMPTS, n, budget, LENGTH, 0, verify=verify) for budget in budgets]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_round_moves_the_best_particles_and_no_more_than_the_movers(verify):
+    n, movers = 6, 2
+    sampler = build(reward="count", movers=movers)
+    passed = states(sampler, 3, n, verify)
+    for before, after in itertools.pairwise(passed):
+        best = before.transported.rewards.topk(movers, 1).values[:, -1:]
+        moved = torch.tensor(changes(before.transported.completion_ids, after.transported.completion_ids))
+        assert moved.any() and (moved.sum(1) <= movers).all()
+        assert (before.transported.rewards >= best)[moved].all()
+        assert torch.equal(after.transported.rewards[~moved], before.transported.rewards[~moved])
+        assert torch.equal(after.transported.kl[~moved], before.transported.kl[~moved])
+    assert [trace.displacement.shape for trace in passed[-1].trace] == [(2, len(PROMPTS), movers)] * 3
+    everyone = COUNT.sample(PROMPTS, n, TransportBudget(steps=2), LENGTH, 0, verify=verify)
+    assert (passed[1].generations <= everyone.generations).all()
+    assert passed[1].generations.sum() < everyone.generations.sum()
+
+
+def test_all_particles_as_movers_are_the_default():
+    plain = COUNT.sample(PROMPTS, 4, BUDGET, LENGTH, 0)
+    for movers in (4, 9):
+        all_of_them = build(reward="count", movers=movers).sample(PROMPTS, 4, BUDGET, LENGTH, 0)
+        for b in range(len(PROMPTS)):
+            assert result_of(all_of_them, b) == result_of(plain, b)
+            assert torch.equal(numbers_of(all_of_them, b), numbers_of(plain, b))
+
+
+@pytest.mark.parametrize("movers", [1, 3])
+def test_movers_of_a_prompt_do_not_depend_on_the_rest_of_the_call(movers):
+    sampler = build(reward="llama", movers=movers)
+    together = sampler.sample(PROMPTS, 5, BUDGET, LENGTH, 0)
+    assert any(flat(changes(together.initial.completion_ids, together.transported.completion_ids)))
+    for b, prompt in enumerate(PROMPTS):
+        alone = sampler.sample([prompt], 5, BUDGET, LENGTH, 0)
+        assert result_of(alone, 0) == result_of(together, b)
+        torch.testing.assert_close(numbers_of(alone, 0), numbers_of(together, b), atol=2e-3, rtol=2e-3)
 
 
 # Shapes and bookkeeping
@@ -400,10 +462,10 @@ def test_a_prompt_that_just_fits_the_context_is_sampled():
         sampler.sample(["good", "good bad fine poor the"], 2, BUDGET, 8)
 
 
-@pytest.mark.xfail(reason="TransportBudget() has kl_budget=None, for which no tilt is defined yet", raises=TypeError)
-def test_the_default_budget_works():
-    output = COUNT.sample(PROMPTS[:2], 3, max_completion_length=LENGTH)
+def test_the_default_budget_moves_something_for_the_better():
+    output = COUNT.sample(PROMPTS, 6, max_completion_length=LENGTH)
     assert (output.transported.rewards >= output.initial.rewards).all()
+    assert (output.transported.rewards > output.initial.rewards).any()
 
 
 # Bad input: the type of the exception, and a message that says what to do
@@ -490,7 +552,7 @@ def test_the_tokenizer_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"candidates": 0}, {"flow_batch_size": 0}, {"horizon": -1}, {"temperature": 0.0}, {"top_p": 2.0}]
+    "arguments", [{"candidates": 0}, {"flow_batch_size": 0}, {"movers": 0}, {"horizon": -1}, {"temperature": 0.0}, {"top_p": 2.0}]
 )
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must be|must lie"):

@@ -10,9 +10,9 @@ A review answers in a few sentences::
     we visited the hotel last week . the soup was really superb , but the waiter seemed lousy . however , i found the bill fine .
 
 The grammar asks a language model for agreement in number, for nouns that fit the aspect, for adjectives, verbs, connectives
-and feelings that fit the polarities they express or join, and for negation ("was not superb" is bad). The texts a model is trained on are *flawed on purpose*
-(``Flaws``): aspects are left out, contradicted, swapped, repeated or added, so that sampling from the model leaves something
-to gain.
+and feelings that fit the polarities they express or join, and for negation ("was not superb" is bad). The texts a model is
+trained on are *flawed on purpose* (``Flaws``): aspects are left out, contradicted, swapped, repeated or added, so that
+sampling from the model leaves something to gain.
 
 Two gold rewards, both computed exactly from the text:
 
@@ -182,7 +182,8 @@ def _clause(rng: random.Random, aspect: str, polarity: str) -> str:
     if form == 4:
         return f"{rng.choice(('i', 'we'))} {rng.choice(VERBS)} the {adverb}{adjective} {noun}"
     if form == 5:
-        return f"there {'were' if plural else 'was'} {rng.choice(('some', 'this', 'that')) if not plural else 'some'} {adverb}{adjective} {noun}"
+        article = "some" if plural else rng.choice(("some", "this", "that"))
+        return f"there {'were' if plural else 'was'} {article} {adverb}{adjective} {noun}"
     feeling = rng.choice(("impressed", "pleased", "delighted") if good else ("annoyed", "disappointed", "upset"))
     return f"the {adverb}{adjective} {noun} {feeling} us"
 
@@ -306,7 +307,8 @@ def generate_preferences(n: int, seed: int, task: str, noise: float) -> list[Pre
     rng = random.Random(f"vgf_llm preferences {task} {seed}")
     if task not in GOLD:
         raise ValueError(f"unknown task {task!r}: choose 'content' or 'tone'")
-    gold, pairs = GOLD[task], []
+    gold = GOLD[task]
+    pairs: list[Preference] = []
     while len(pairs) < n:
         venue = rng.choice(VENUES)
         if task == "content":
@@ -352,35 +354,13 @@ def _edit(rng: random.Random, said: Sequence[tuple[str, str]], asked: Sequence[t
 
 def vocabulary() -> list[str]:
     """Every word the grammar can write, sorted."""
-    words: set[str] = set(
-        [
-            "|",
-            ":",
-            ".",
-            ",",
-            "and",
-            "but",
-            "yet",
-            "while",
-            "also",
-            "moreover",
-            "however",
-            "overall",
-            "a",
-            "visit",
-            "we",
-            "i",
-            "us",
-            "will",
-            "return",
-            "the",
-        ]
-    )
+    words = {"|", ":", ".", ",", "and", "but", "yet", "while", "also", "moreover", "however", "overall"}
+    words |= {"a", "visit", "we", "i", "us", "will", "return", "the"}
     words |= (
         set(VENUES) | {aspect + sign for aspect in ASPECTS for sign in POLARITY} | set(NEGATIONS) | set(ADVERBS) | set(ARRIVALS)
     )
     words |= {*VERBS, *VERBS_GOOD, *VERBS_BAD} | set(TONE_GOOD) | set(TONE_BAD) | {w for time in TIMES for w in time.split()}
-    words |= set(["found", "seemed", "looked", "felt", "was", "were", "there", "some", "this", "that"])
+    words |= {"found", "seemed", "looked", "felt", "was", "were", "there", "some", "this", "that"}
     words |= set(_NOUN_ASPECT) | set(_ADJECTIVE)
     return sorted(words)
 

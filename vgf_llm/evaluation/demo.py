@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from .world import Settings, World, artefact, build_world
 
 
 MAX_COMPLETION = 64
-STUDENT_STEPS = 30
+STUDENT_STEPS = 15
 STUDENT_BATCH = 16
 STUDENT_LEARNING_RATE = 5e-4
 
@@ -47,15 +48,14 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
 
     settings = Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if quick else Settings()
     plan = Plan(pool=16, kl_budgets=(1.0, 4.0), kl_budget=1.0) if quick else Plan()
-    prompts = 8 if quick else 48
+    prompts = 8 if quick else 32
     seeds = tuple(seeds)[:1] if quick else tuple(seeds)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     world = build_world(output_dir / "models", settings, log)
     trained = time.perf_counter() - started
 
     rows: list[Row] = []
     for name, gold in reviews.GOLD.items():
-        task = Task(name, gold, lambda seed, name=name: reviews.generate_prompts(prompts, seed, name), MAX_COMPLETION)
+        task = Task(name, gold, partial(_prompts, count=prompts, task=name), MAX_COMPLETION, None if name == "tone" else 0)
         rows += measure_task(
             task,
             world.base,
@@ -90,6 +90,10 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
     return report
 
 
+def _prompts(seed: int, count: int, task: str) -> list[str]:
+    return reviews.generate_prompts(count, seed, task)
+
+
 def _students(
     directory: Path,
     task: Task,
@@ -121,8 +125,8 @@ def _students(
                         flow_steps=flow_steps,
                         flow_step_size=plan.step_size,
                         flow_kl_budget=plan.kl_budget,
-                        flow_rounds=plan.rounds,
-                        flow_horizon=plan.horizon,
+                        flow_rounds=1,
+                        flow_horizon=task.horizon,
                         flow_batch_size=64 * plan.num_particles,
                         per_device_train_batch_size=STUDENT_BATCH,
                         steps_per_generation=5,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vgf_llm.flow import TransportBudget, best_of_n_curve, best_of_n_kl
 from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
+from vgf_llm.text.sampler import Direction
 
 from .controls import flip, random_direction, shuffle_positions
 from .metrics import bootstrap_ci, distinct_n, judge_nll, reward_quantile_kl, selection_kl
@@ -24,7 +25,7 @@ Row = dict[str, object]
 
 POOL_SEED = 1_000_000
 
-CONTROLS = {"vgf_random": random_direction, "vgf_flip": flip, "vgf_shuffle": shuffle_positions}
+CONTROLS: dict[str, Direction] = {"vgf_random": random_direction, "vgf_flip": flip, "vgf_shuffle": shuffle_positions}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Task:
     gold: Gold
     prompts: Callable[[int], list[str]]
     max_completion_length: int
+    # How long a tilt outlives the first change (`VGFSampler`): to the end (None) only where position does not matter.
+    horizon: int | None = 0
 
 
 @dataclass
@@ -66,14 +69,18 @@ def measure_vgf(
     seeds: Sequence[int],
     num_particles: int,
     budget: TransportBudget,
-    **sample_options: object,
+    *,
+    verify: bool = True,
+    direction: Direction | None = None,
 ) -> Measured:
     """Run the sampler on the prompts of every seed and judge what it selects."""
     m = Measured([], [], [], [], [], [], [], [], [], 0.0)
     for seed in seeds:
         prompts = task.prompts(seed)
         started = time.perf_counter()
-        out = sampler.sample(prompts, num_particles, budget, task.max_completion_length, seed=seed, **sample_options)
+        out = sampler.sample(
+            prompts, num_particles, budget, task.max_completion_length, seed=seed, verify=verify, direction=direction
+        )
         m.seconds += time.perf_counter() - started
         _judge(m, task, sampler, judge, prompts, out)
     return m
@@ -136,23 +143,24 @@ class Pool:
 
 def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Sequence[int], size: int) -> Pool:
     """`size` samples per prompt, scored by the sampler's reward, the gold reward, the base model and the judge."""
-    parts, seconds = [], 0.0
+    proxy, gold, base_nll, judge_nlls = [], [], [], []
+    completions: list[list[str]] = []
+    seconds = 0.0
     for seed in seeds:
         prompts = task.prompts(seed)
         started = time.perf_counter()
         # Noise of its own: where VGF's completions are ranked in the pool, they must not be part of it.
         out = sampler.sample(prompts, size, TransportBudget(steps=0), task.max_completion_length, seed=POOL_SEED + seed)
         seconds += time.perf_counter() - started
-        gold = torch.tensor([[task.gold(p, c) for c in cs] for p, cs in zip(prompts, out.initial.completions, strict=True)])
+        drawn = out.initial
         flat_prompts = [p for p in prompts for _ in range(size)]
-        flat_ids = [ids for row in out.initial.completion_ids for ids in row]
-        nll = judge_nll(judge, sampler.processing_class, flat_prompts, flat_ids).view(len(prompts), size)
-        parts.append((out.initial.rewards, gold, -out.initial.logprobs, nll, out.initial.completions))
-    return Pool(
-        *(torch.cat([p[i] for p in parts]) for i in range(4)),
-        completions=[c for p in parts for c in p[4]],
-        seconds=seconds,
-    )
+        flat_ids = [ids for row in drawn.completion_ids for ids in row]
+        proxy.append(drawn.rewards)
+        gold.append(torch.tensor([[task.gold(p, c) for c in cs] for p, cs in zip(prompts, drawn.completions, strict=True)]))
+        base_nll.append(-drawn.logprobs)
+        judge_nlls.append(judge_nll(judge, sampler.processing_class, flat_prompts, flat_ids).view(len(prompts), size))
+        completions += drawn.completions
+    return Pool(torch.cat(proxy), torch.cat(gold), torch.cat(base_nll), torch.cat(judge_nlls), completions, seconds)
 
 
 def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) -> list[Row]:
@@ -199,13 +207,12 @@ class Plan:
 
     pool: int = 64
     num_particles: int = 8
-    steps: int = 5
+    steps: int = 3
     step_size: float = 0.5
-    rounds: int = 2
-    movers: int = 4
+    rounds: int = 5
+    movers: int = 2
     kl_budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     kl_budget: float = 2.0  # of the controls and of the comparison of one member with several
-    horizon: int | None = 0
 
 
 def measure_task(
@@ -235,7 +242,7 @@ def measure_task(
 
     def sampler(reward: DifferentiableReward) -> VGFSampler:
         return VGFSampler(
-            model, reward, tokenizer, horizon=plan.horizon, movers=plan.movers, flow_batch_size=64 * plan.num_particles
+            model, reward, tokenizer, horizon=task.horizon, movers=plan.movers, flow_batch_size=64 * plan.num_particles
         )
 
     rows: list[Row] = []
@@ -244,7 +251,7 @@ def measure_task(
         pool = draw_pool(task, sampler(reward), judge_model, seeds, plan.pool)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
         budgets = plan.kl_budgets if reward is ensemble else (plan.kl_budget,)
-        runs = [("vgf", b, True, None) for b in budgets]
+        runs: list[tuple[str, float, bool, Direction | None]] = [("vgf", b, True, None) for b in budgets]
         if reward is ensemble:
             runs.append(("vgf", plan.kl_budget, False, None))
             runs += [(name, plan.kl_budget, False, direction) for name, direction in CONTROLS.items()]
@@ -277,6 +284,6 @@ def measure_task(
                     members=size,
                     seeds=len(seeds),
                     kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),
-                )  # fmt: skip
+                )
             )
     return rows

@@ -183,14 +183,17 @@ def _nll(rows: list[tuple[list[int], list[int]]], model: PreTrainedModel) -> Ten
 
 
 def selection_kl(kl_selected: ArrayLike, candidates: int) -> float:
-    """Upper bound on KL(output || base), in nats per completion: moving the particles, plus choosing among them.
+    """An account of KL(output || base), in nats per completion: moving the particles, plus choosing among them.
 
     `E_selected[log q(y | y0) - log mu(y)] + log M - (M - 1) / M`: the selection costs at most what best-of-M costs,
     and by the chain rule the pair (first particle, moved particle) costs at least as much as what is returned of it.
+    This bounds the KL from above only if the noise of a decode is independent of its tilt. Hindsight noise, with which
+    `VGFSampler` decodes, is not: the tilt follows from the particle that the noise is inferred from. There the number
+    is an account and no bound (docs/method.md, "How nats are counted").
 
     Args:
         kl_selected: [P] nats spent on the way to the selected completion of each prompt, 0 where an initial particle
-            was selected. `Particles.log_ratio` of the selected gives the bound itself. `Particles.kl`, the KL of
+            was selected. `Particles.log_ratio` of the selected gives the formula itself. `Particles.kl`, the KL of
             the tilts along the path, has less noise, but does not see that selection may prefer unlikely moves.
         candidates: M, how many completions were chosen among: N where only transported particles are (verify=False),
             2 N where the initial ones stay in the selection. A verified population leaves out what rejected moves

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -43,13 +45,13 @@ class Settings:
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 4_000
-    judge_steps: int = 1_500
+    steps: int = 3_500
+    judge_steps: int = 1_000
     learning_rate: float = 2e-3
     members: int = 3
-    content_pairs: int = 10_000
+    content_pairs: int = 7_000
     content_noise: float = 0.1  # in units of the gold reward: differences are 0.17 to 1.5
-    tone_pairs: int = 1_500
+    tone_pairs: int = 1_200
     tone_noise: float = 2.0  # in words
     reward_learning_rate: float = 1e-3
 
@@ -76,7 +78,7 @@ def build_world(directory: Path, settings: Settings, log: Callable[[str], None])
                 directory,
                 f"reward-{task}-{member}",
                 settings,
-                lambda out, s, task=task, member=member: _train_reward(out, s, task, member, base),
+                partial(_train_reward, task=task, member=member, base=base),
                 log,
             )
             for member in range(settings.members)
@@ -178,7 +180,7 @@ def train_language_model(
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.model.save_pretrained(out)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -221,15 +223,15 @@ def train_reward_model(
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.model.save_pretrained(out)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     texts = [row[side] for row in rows[:held_out] for side in ("chosen", "rejected")]
-    scores = _scores(trainer.model.eval(), tokenizer, texts)
+    scores = _scores(model.eval(), tokenizer, texts)
     (out / "calibration.json").write_text(json.dumps([float(scores.mean()), float(scores.std())]))
 
 
 @torch.no_grad()
-def _scores(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
+def _scores(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     encoded = tokenizer([t + " " + tokenizer.eos_token for t in texts], padding=True, return_tensors="pt")
     return model(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].float()
 

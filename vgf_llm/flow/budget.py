@@ -36,7 +36,7 @@ class TransportBudget:
         bandwidth: fixed kernel width sigma of `exp(-d^2 / (2 sigma^2))`, in units of the particle space, as the MMD
             bound assumes. Default None: the median heuristic, per prompt and step.
         kl_budget: nats per completion that one decode may spend. Read only where particles are decoded through a base
-            distribution (language). Default None: not limited.
+            distribution (language), where the scale of a tilt is solved from it; 0 moves nothing anywhere. Default 2.0.
         rounds: how many times flow and decode follow each other. Read only in language. Default 1.
 
     Raises:
@@ -60,7 +60,9 @@ class TransportBudget:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {count!r}")
         for name in ("step_size", "temperature", "max_displacement", "bandwidth", "kl_budget"):
             number = getattr(self, name)
-            if number is not None and not math.isfinite(number):
+            if number is None and name in ("max_displacement", "bandwidth"):
+                continue
+            if number is None or not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {number!r}; leave it at its default if it should not bind")
         if self.step_size <= 0:
             raise ValueError(f"step_size must be positive, got {self.step_size!r}; use steps=0 to move nothing")
@@ -70,8 +72,8 @@ class TransportBudget:
             number = getattr(self, name)
             if number is not None and number <= 0:
                 raise ValueError(f"{name} must be positive or None, got {number!r}")
-        if self.kl_budget is not None and self.kl_budget < 0:
-            raise ValueError(f"kl_budget is in nats and must not be negative, got {self.kl_budget!r}; None lifts the limit")
+        if self.kl_budget < 0:
+            raise ValueError(f"kl_budget is in nats and must not be negative, got {self.kl_budget!r}; use 0 to move nothing")
         for name, allowed in (("coupling", get_args(Coupling)), ("normalize", get_args(Normalize))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

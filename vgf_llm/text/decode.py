@@ -17,10 +17,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -270,7 +272,7 @@ def redecode(
         horizon: how many positions after the first change the tilt still holds. None: to the end. 0: the first change
             only, after which the base model is on its own.
     """
-    rows, length, vocab = tables.log_mu.shape
+    _, length, vocab = tables.log_mu.shape
     place = torch.arange(length, device=ids.device)
     draft, inside = ids[:, :length], mask[:, :length]
     noise = hindsight(tables, draft, keys)
@@ -386,7 +388,9 @@ def _right_align(cache: DynamicCache, attention: Tensor, rows: Tensor, lengths: 
     inside = source >= 0
     source = source.clamp_min(0)
     aligned = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        take = source[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-        aligned.update(layer.keys[rows].gather(2, take), layer.values[rows].gather(2, take), index)
+    # What a DynamicCache of attention layers holds, once it has been filled.
+    for index, layer in enumerate(cast("list[DynamicLayer]", cache.layers)):
+        keys, values = cast("tuple[Tensor, Tensor]", (layer.keys, layer.values))
+        take = source[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        aligned.update(keys[rows].gather(2, take), values[rows].gather(2, take), index)
     return aligned, attention[rows].gather(1, source) & inside

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class DifferentiableReward(nn.Module):
         *,
         kappa: float = 0.5,
         calibration: Sequence[tuple[float, float]] | None = None,
-        model_init_kwargs: dict | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         models = [models] if isinstance(models, (str, Path, PreTrainedModel)) else list(models)
@@ -56,8 +57,8 @@ class DifferentiableReward(nn.Module):
         self.calibration = list(calibration) if calibration is not None else [(0.0, 1.0)] * len(models)
         self.members = nn.ModuleList(_load(model, processing_class, model_init_kwargs or {}) for model in models)
         scales, widths = [], []
-        for member in self.members:
-            table = member.get_input_embeddings().weight.detach().float()[: len(processing_class)]
+        for member in self._models:
+            table = _embeddings(member).weight.detach().float()[: len(processing_class)]
             # E|a - b|^2 = 2 * total variance, for two tokens drawn at random.
             scales.append(float((2 * table.var(0, correction=0).sum()).sqrt()))
             widths.append(table.shape[1])
@@ -65,8 +66,13 @@ class DifferentiableReward(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
+    def _models(self) -> list[PreTrainedModel]:
+        """The members as what they are: a ModuleList only knows modules."""
+        return cast("list[PreTrainedModel]", list(self.members))
+
+    @property
     def device(self) -> torch.device:
-        return self.members[0].device
+        return self._models[0].device
 
     @property
     def width(self) -> int:
@@ -81,7 +87,7 @@ class DifferentiableReward(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., D] of token ids [...], in the coordinates of the flow (see the class)."""
-        parts = [m.get_input_embeddings()(ids) / s for m, s in zip(self.members, self._scales, strict=True)]
+        parts = [_embeddings(m)(ids) / s for m, s in zip(self._models, self._scales, strict=True)]
         return torch.cat([part.float() for part in parts], -1)
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
@@ -129,15 +135,16 @@ class DifferentiableReward(nn.Module):
         attention = attention.gather(1, order)
         positions = (attention.long().cumsum(1) - 1).clamp_min(0)
         scores, start = [], 0
-        for member, scale, width in zip(self.members, self._scales, self._widths, strict=True):
+        for member, scale, width in zip(self._models, self._scales, self._widths, strict=True):
             part = embeds[..., start : start + width] * scale
             start += width
-            prompt = member.get_input_embeddings()(prompt_ids)
+            prompt = _embeddings(member)(prompt_ids)
             joined = torch.cat([prompt, part.to(prompt.dtype)], 1)
             joined = joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
             backbone = getattr(member, member.base_model_prefix)
             hidden = backbone(inputs_embeds=joined, attention_mask=attention.long(), position_ids=positions)[0]
-            score = member.score(hidden[:, -1])[:, 0].float()
+            head = cast(nn.Module, member.score)
+            score = head(hidden[:, -1])[:, 0].float()
             # Member by member: one without gradient would not show in that of the whole ensemble.
             if torch.is_grad_enabled() and embeds.requires_grad and not score.requires_grad:
                 raise ValueError(
@@ -149,27 +156,33 @@ class DifferentiableReward(nn.Module):
         return torch.stack(scores)
 
 
-def _load(model: str | Path | PreTrainedModel, processing_class: PreTrainedTokenizerBase, init_kwargs: dict) -> PreTrainedModel:
-    name = str(model)
+def _embeddings(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def _load(
+    model: str | Path | PreTrainedModel, processing_class: PreTrainedTokenizerBase, init_kwargs: dict[str, Any]
+) -> PreTrainedModel:
     if isinstance(model, (str, Path)):
+        name = str(model)
         _check_vocabulary(AutoTokenizer.from_pretrained(name), processing_class, name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **init_kwargs})
+        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **init_kwargs})
     else:
-        name = model.config._name_or_path or type(model).__name__
-    if model.config.num_labels != 1:
-        raise ValueError(f"reward model {name} has num_labels={model.config.num_labels}: a reward needs num_labels=1")
-    if not hasattr(model, "score"):
+        loaded, name = model, model.config._name_or_path or type(model).__name__
+    if loaded.config.num_labels != 1:
+        raise ValueError(f"reward model {name} has num_labels={loaded.config.num_labels}: a reward needs num_labels=1")
+    if not hasattr(loaded, "score"):
         raise ValueError(
-            f"reward model {name} ({type(model).__name__}) has no `score` head on its last token: use a decoder-style "
+            f"reward model {name} ({type(loaded).__name__}) has no `score` head on its last token: use a decoder-style "
             "AutoModelForSequenceClassification"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _embeddings(loaded).weight.shape[0]
     if rows < len(processing_class):
         raise ValueError(
             f"reward model {name} embeds {rows} tokens, but the policy's tokenizer has {len(processing_class)}: gradients "
             "need one vocabulary; use a reward model trained with the policy's tokenizer"
         )
-    return model
+    return loaded
 
 
 def _check_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
 
@@ -94,8 +95,9 @@ class VGFSampler:
         horizon: how many positions after the first change a tilt holds (`decode.redecode`). None: to the end, right where
             position does not matter; 0, the default: what follows a change is the base model's alone, since the gradient
             speaks about a text that no longer exists.
-        movers: how many particles of a prompt, best first, every round moves. Default None: all N. With several rounds a few
-            good particles repay their decodes better than the whole population (docs/method.md).
+        movers: how many particles of a prompt, best first, every round moves. Default None: all N. One particle of a prompt
+            is selected in the end, so with several rounds the decodes of poor ones are the likeliest to be spent in vain: fewer
+            movers save them, and look for improvement among the best alone.
         flow_batch_size: completions in memory at once. Default 32.
 
     Raises:
@@ -214,7 +216,8 @@ class VGFSampler:
         )
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rewards = self._score(ids, mask, initial).view(shape)
-        state, state_rewards, traces = initial, rewards, []
+        state, state_rewards = initial, rewards
+        traces: list[Trace] = []
         new_tokens = initial.new_tokens.clone()
         movers = n if self.movers is None else min(self.movers, n)
         for index in range(0 if budget.is_zero else budget.rounds):
@@ -223,7 +226,7 @@ class VGFSampler:
             rows = (best + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
             old, old_rewards = _rows(state, rows), state_rewards.flatten()[rows]
             moved, trace = self._round(
-                ids[rows], mask[rows], old, decode.round_keys(keys[rows], index), budget, direction, tuple(best.shape)
+                ids[rows], mask[rows], old, decode.round_keys(keys[rows], index), budget, direction, (len(prompts), movers)
             )
             traces.append(trace)
             new_tokens[rows] += moved.new_tokens
@@ -238,11 +241,11 @@ class VGFSampler:
         first, last = self._particles(initial, rewards), self._particles(state, state_rewards)
         selected = best_of_n(pool)
         texts = [(t + i)[k] for t, i, k in zip(last.completions, first.completions, selected.tolist(), strict=True)]
-        ids = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
+        tokens = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
         drawn = initial.mask.sum(1).view(shape).float().mean(1)
         return VGFOutput(
             completions=texts,
-            completion_ids=ids,
+            completion_ids=tokens,
             rewards=pool.gather(1, selected[:, None])[:, 0],
             initial=first,
             transported=last,
@@ -312,7 +315,8 @@ class VGFSampler:
             if isinstance(prompt, str):
                 ids = self.processing_class(prompt)["input_ids"]
             else:
-                ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                chat = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+                ids = cast(BatchEncoding, chat)["input_ids"]
             if not ids:
                 raise ValueError(f"prompt {index} has no tokens: the base model needs at least one to start from")
             if context is not None and len(ids) + max_completion_length > context:
@@ -336,7 +340,7 @@ class VGFSampler:
         return rewards
 
     def _text(self, ids: Tensor, mask: Tensor) -> str:
-        return self.processing_class.decode(ids[mask], skip_special_tokens=True)
+        return cast(str, self.processing_class.decode(ids[mask], skip_special_tokens=True))
 
     def _particles(self, decoded: Decoded, rewards: Tensor) -> Particles:
         b, n = rewards.shape
