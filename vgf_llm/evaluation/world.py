@@ -246,7 +246,7 @@ def _training(warmup: float) -> dict:
         "optim": "adamw_torch_fused",
         "bf16": False,
         "gradient_checkpointing": False,
-        "logging_steps": 200,
+        "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
