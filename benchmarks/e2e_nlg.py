@@ -28,7 +28,7 @@ from vgf_llm.data.e2e import e2e_gold, format_prompt, load_e2e, parse_mr, split_
 from vgf_llm.evaluation.frontier import Task, measure_task
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
 from vgf_llm.evaluation.report import print_table, write_report
-from vgf_llm.evaluation.world import SPECIAL, train_language_model, train_reward_model
+from vgf_llm.evaluation.world import SPECIAL, artefact, train_language_model, train_reward_model
 from vgf_llm.text import BaseDistribution, decode
 
 
@@ -96,9 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="directory of the E2E data set")
     parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
-    parser.add_argument("--steps", default=3000, type=int, help="training steps of the base model")
-    parser.add_argument("--pairs", default=6000, type=int, help="preference pairs per reward model")
-    parser.add_argument("--prompts", default=40, type=int, help="held-out meaning representations per seed")
+    parser.add_argument("--steps", default=2000, type=int, help="training steps of the base model")
+    parser.add_argument("--pairs", default=4000, type=int, help="preference pairs per reward model")
+    parser.add_argument("--prompts", default=24, type=int, help="held-out meaning representations per seed")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
     console, started = Console(), time.perf_counter()
@@ -109,22 +109,27 @@ def main() -> None:
     random.Random(0).shuffle(held_out_prompts)
     train_prompts = [p for p, _ in examples]
 
-    base, judge = args.work / "base", args.work / "judge"
-    members = [args.work / f"reward-{k}" for k in range(3)]
+    def train_lm(path: Path, recipe: tuple[str, int, int]) -> None:
+        name, seed, steps = recipe
+        train_language_model(
+            path, tokenizer, examples, hidden_size=128, layers=3, heads=4, context=CONTEXT, steps=steps,
+            learning_rate=1.5e-3, seed=seed, name=name, batch_size=16,
+        )  # fmt: skip
+
+    def train_reward(path: Path, recipe: tuple[Path, int, int]) -> None:
+        _, member, count = recipe
+        pairs = labelled_pairs(base, train_prompts, count, seed=member, noise=0.5)
+        train_reward_model(path, base, pairs, learning_rate=5e-4, seed=member, name=f"reward-{member}", max_length=CONTEXT)
+
     tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
-    for path, seed, steps in ((base, 0, args.steps), (judge, 1, args.steps // 2)):
-        if not (path / "config.json").exists():
-            train_language_model(
-                path, tokenizer, examples, hidden_size=160, layers=4, heads=4, context=CONTEXT, steps=steps,
-                learning_rate=1.5e-3, seed=seed, name=path.name, batch_size=16,
-            )  # fmt: skip
-    for k, path in enumerate(members):
-        if not (path / "calibration.json").exists():
-            pairs = labelled_pairs(base, train_prompts, args.pairs, seed=k, noise=0.5)
-            train_reward_model(path, base, pairs, learning_rate=5e-4, seed=k, name=path.name, max_length=CONTEXT)
+    base, judge = (
+        artefact(args.work, name, (name, seed, steps), train_lm, console.log)
+        for name, seed, steps in (("base", 0, args.steps), ("judge", 1, args.steps // 2))
+    )
+    members = [artefact(args.work, f"reward-{k}", (base, k, args.pairs), train_reward, console.log) for k in range(3)]
 
     task = Task("e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION)
-    rows = measure_task(task, base, judge, members, args.seeds, log=lambda message: console.log(message))
+    rows = measure_task(task, base, judge, members, args.seeds, log=console.log)
     print_table(rows, console)
     write_report(
         ROOT / "benchmarks" / "results" / "e2e_nlg.json",

@@ -137,6 +137,7 @@ def _students(
                         lr_scheduler_type="constant",
                         activation_checkpointing=False,
                         logging_strategy="no",
+                        disable_tqdm=False,
                         save_strategy="no",
                         report_to="none",
                         use_cpu=not torch.cuda.is_available(),

@@ -247,6 +247,7 @@ def _training(warmup: float) -> dict:
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_strategy": "no",
+        "disable_tqdm": False,
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),

@@ -222,7 +222,7 @@ class VGFSampler:
         movers = n if self.movers is None else min(self.movers, n)
         for index in range(0 if budget.is_zero else budget.rounds):
             # The best particles by reward; in the order of their index, so that moving all is moving each in its place.
-            best = state_rewards.topk(movers, dim=1).indices.sort(1).values
+            best = state_rewards.argsort(dim=1, descending=True, stable=True)[:, :movers].sort(1).values
             rows = (best + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
             old, old_rewards = _rows(state, rows), state_rewards.flatten()[rows]
             moved, trace = self._round(
