@@ -1,0 +1,63 @@
+import random
+
+import pytest
+import torch
+
+from vgf_llm.evaluation.frontier import Pool, Task, best_of_n_rows
+from vgf_llm.evaluation.world import artefact, word_tokenizer
+from vgf_llm.flow import best_of_n_kl
+
+
+def test_an_artefact_is_made_once_per_recipe(tmp_path):
+    made = []
+
+    def make(path, recipe):
+        made.append(recipe)
+        (path / "weights").write_text(str(recipe))
+
+    first = artefact(tmp_path, "model", 1, make, lambda message: None)
+    assert artefact(tmp_path, "model", 1, make, lambda message: None) == first
+    other = artefact(tmp_path, "model", 2, make, lambda message: None)
+    assert made == [1, 2]
+    assert other != first
+    assert (first / "weights").read_text() == "1"
+
+
+def test_an_artefact_that_fails_leaves_nothing(tmp_path):
+    def make(path, recipe):
+        (path / "weights").write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        artefact(tmp_path, "model", 1, make, lambda message: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_word_tokenizer_returns_the_words_and_survives_saving(tmp_path):
+    made = word_tokenizer(["the", "soup", "was", "superb", "."])
+    made.save_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path)
+    for one in (made, loaded):
+        ids = one("the soup was superb .")["input_ids"]
+        assert len(ids) == 5
+        assert one.unk_token_id not in ids
+        assert one.decode(ids) == "the soup was superb ."
+        assert one("spaghetti")["input_ids"] == [one.unk_token_id]
+    assert made.pad_token_id != made.eos_token_id
+
+
+def test_best_of_n_rows_rise_with_n_where_the_proxy_is_the_gold_reward():
+    generator = torch.Generator().manual_seed(0)
+    gold = torch.randn(12, 16, generator=generator)
+    rng = random.Random(0)
+    texts = [[f"a b {rng.random()}" for _ in range(16)] for _ in range(12)]
+    task = Task("numbers", lambda prompt, text: 0.0, lambda seed: [], 8)
+    rows = best_of_n_rows(task, Pool(gold, gold, -gold, -gold, texts, seconds=16.0), [1, 2, 4, 16])
+    values = [row["reward_gold"] for row in rows]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(gold.mean().item(), abs=1e-5)
+    assert values[-1] == pytest.approx(gold.amax(1).mean().item(), abs=1e-5)
+    assert [row["method"] for row in rows] == ["base", "best_of_n", "best_of_n", "best_of_n"]
+    assert [row["seconds"] for row in rows] == [1.0, 2.0, 4.0, 16.0]
+    assert rows[2]["kl_nats"] == best_of_n_kl(4)
+    assert all(row["reward_gold_low"] < row["reward_gold"] < row["reward_gold_high"] for row in rows)
