@@ -64,8 +64,7 @@ def plot_frontier(rows: Sequence[Row], path: str | Path) -> None:
         tasks = _tasks(rows, ("kl_nats", "reward_gold"))
         figure, axes = _panels(len(tasks), 1, "Gold reward per nat of KL from the base model")
         for (ax,), (task, of_task) in zip(axes, tasks.items(), strict=True):
-            curve = _sorted(_of(of_task, "base", "best_of_n"), "kl_nats")
-            _line(ax, curve, "kl_nats", "best-of-n (number: n)", BLUE, "o", band=True)
+            curve = _best_of_n(ax, of_task, "kl_nats", "best-of-n (number: n)")
             _moved(ax, of_task, "kl_nats")
             ax.set(title=task, xlabel="KL from the base model (nats)", ylabel="gold reward")
             ax.margins(x=0.06, y=0.12)
@@ -91,8 +90,7 @@ def plot_generations(rows: Sequence[Row], path: str | Path) -> None:
         for (ax,), (task, of_task) in zip(axes, tasks.items(), strict=True):
             for row in _of(of_task, "base")[:1]:
                 ax.axhline(row["reward_gold"], color=GREY, linestyle=":", linewidth=1.4, label="base")
-            curve = _sorted(_of(of_task, "base", "best_of_n"), "generations")
-            _line(ax, curve, "generations", "best-of-n", BLUE, "o", band=True)
+            _best_of_n(ax, of_task, "generations", "best-of-n")
             _moved(ax, of_task, "generations", joined=False)
             ax.set(title=task, xlabel="generations per prompt (log scale)", ylabel="gold reward")
             ax.set_xscale("log", base=2)
@@ -186,6 +184,18 @@ def _settings(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def _said(value: Any) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
+
+
+def _best_of_n(ax: Axes, rows: Sequence[Row], x: str, label: str) -> list[Row]:
+    """One curve for every number of reward models, the largest with its band; that one is returned."""
+    of_members: dict[Any, list[Row]] = {}
+    for row in _sorted(_of(rows, "base", "best_of_n"), x):
+        of_members.setdefault(row.get("members"), []).append(row)
+    ranked = sorted(of_members.items(), key=lambda item: item[0] or 0, reverse=True)
+    for index, (members, curve) in enumerate(ranked):
+        name = label if len(ranked) == 1 else f"{label}, {members} reward model{'s' if members != 1 else ''}"
+        _line(ax, curve, x, name, BLUE if index == 0 else SKY, "o", band=index == 0)
+    return ranked[0][1] if ranked else []
 
 
 def _moved(ax: Axes, rows: Sequence[Row], x: str, joined: bool = True) -> None:
