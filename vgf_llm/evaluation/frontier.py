@@ -240,15 +240,13 @@ def measure_task(
     ensemble = DifferentiableReward(list(members), tokenizer, calibration=calibration)
     single = DifferentiableReward(members[0], tokenizer, calibration=calibration[:1])
 
-    def sampler(reward: DifferentiableReward) -> VGFSampler:
-        return VGFSampler(
-            model, reward, tokenizer, horizon=task.horizon, movers=plan.movers, flow_batch_size=64 * plan.num_particles
-        )
+    def sampler(reward: DifferentiableReward, movers: int) -> VGFSampler:
+        return VGFSampler(model, reward, tokenizer, horizon=task.horizon, movers=movers, flow_batch_size=64 * plan.num_particles)
 
     rows: list[Row] = []
     for reward, size in ((ensemble, len(members)), (single, 1)):
         log(f"{task.name}: best-of-n from a pool of {plan.pool}, {size} reward model(s)")
-        pool = draw_pool(task, sampler(reward), judge_model, seeds, plan.pool)
+        pool = draw_pool(task, sampler(reward, plan.movers), judge_model, seeds, plan.pool)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
         budgets = plan.kl_budgets if reward is ensemble else (plan.kl_budget,)
         runs: list[tuple[str, float, bool, Direction | None]] = [("vgf", b, True, None) for b in budgets]
@@ -258,10 +256,13 @@ def measure_task(
             runs += [("vgf_random", plan.kl_budget, True, CONTROLS["vgf_random"])]
         for method, kl_budget, verify, direction in runs:
             log(f"{task.name}: {method} at {kl_budget:g} nats per decode{'' if verify else ', raw'}, {size} reward model(s)")
-            budget = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=plan.rounds)
+            # Raw rows move every particle once: moving the best alone, unverified, would throw away their selection and say
+            # nothing about the direction.
+            rounds, movers = (plan.rounds, plan.movers) if verify else (1, plan.num_particles)
+            budget = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=rounds)
             measured = measure_vgf(
                 task,
-                sampler(reward),
+                sampler(reward, movers),
                 judge_model,
                 seeds,
                 plan.num_particles,
@@ -269,7 +270,7 @@ def measure_task(
                 verify=verify,
                 direction=direction,
             )
-            candidates = plan.num_particles + plan.rounds * plan.movers if verify else plan.num_particles
+            candidates = plan.num_particles + rounds * movers if verify else plan.num_particles
             rows.append(
                 row(
                     task,
@@ -278,7 +279,7 @@ def measure_task(
                     plan.num_particles,
                     candidates,
                     steps=plan.steps,
-                    rounds=plan.rounds,
+                    rounds=rounds,
                     kl_budget=kl_budget,
                     verified=verify,
                     members=size,
