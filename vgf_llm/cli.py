@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("demo", help="the whole method on the embedded data, on a CPU", formatter_class=with_defaults)
     run.add_argument("--output-dir", default="outputs/demo", metavar="DIR", help="models, report and figures")
     run.add_argument(
-        "--prompts", type=int, default=10, help="held-out prompts per seed, at least 8; the published figures take 32"
+        "--prompts", type=int, default=10, help="held-out prompts per seed, at least 8; the published figures take 16"
     )
     run.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures nothing")
     run.set_defaults(run=_run_demo)

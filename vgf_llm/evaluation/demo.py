@@ -42,7 +42,7 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
 
     Trained models are kept under `output_dir/models` and found again by their settings. `quick` trains smaller models on fewer
     steps and measures fewer prompts: it shows that everything runs, not what the method can do. Intervals narrow with
-    `prompts_per_seed`; the default keeps the whole run within minutes on two cores, the published figures take 32.
+    `prompts_per_seed`; the default keeps the whole run within minutes on two cores, the published figures take 16.
     """
     # A pipe or a log file has no width of its own.
     console, started = Console(width=None if sys.stdout.isatty() else 120), time.perf_counter()
