@@ -278,7 +278,9 @@ def _legend(figure: Figure, axes: Sequence[Sequence[Axes]]) -> None:
     for ax in (ax for column in axes for ax in column):
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.1)))
+    # A legend does not shrink to its figure: as many columns as the longest label leaves room for, at 0.085 inches a letter.
+    widest = 0.7 + 0.085 * max(map(len, handles), default=0)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // widest)))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
