@@ -163,7 +163,8 @@ def test_a_missing_option_or_command_is_one_line(capsys):
 
 
 def test_demo_hands_its_options_over(monkeypatch, tmp_path):
-    demo = pytest.importorskip("vgf_llm.evaluation.demo")
+    from vgf_llm.evaluation import demo
+
     seen = []
     monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: seen.append((args, kwargs)) or {})
     assert cli.main(["demo", "--output-dir", str(tmp_path / "d"), "--quick"]) == 0
