@@ -3,8 +3,9 @@
     python -m benchmarks.e2e_nlg --data ../e2e-dataset
 
 Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the
-sentence states it), three proxy reward models on pairs of base samples labelled by a noisy version of the gold reward, and
-prints the table of the demonstration. `--data` is a directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
+sentence states it), three proxy reward models on pairs of base samples and of edits of them, labelled by a noisy version of
+the gold reward, and prints the table of the demonstration. `--data` is a directory with `devset.csv` and
+`testset_w_refs.csv` of the E2E data set.
 
 Writes benchmarks/results/e2e_nlg.json and docs/img/e2e_*.png.
 """
@@ -12,7 +13,6 @@ Writes benchmarks/results/e2e_nlg.json and docs/img/e2e_*.png.
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import random
 import time
@@ -22,14 +22,14 @@ import torch
 import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from vgf_llm.data.e2e import e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr, spoken_order
+from vgf_llm.data.e2e import PROMPT_SEPARATOR, e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr, spoken_order
 from vgf_llm.evaluation.frontier import Task, measure_task
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
+from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import print_table, write_report
 from vgf_llm.evaluation.world import SPECIAL, artefact, train_language_model, train_reward_model
-from vgf_llm.text import BaseDistribution, decode
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,33 +65,6 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def labelled_pairs(base: Path, prompts: list[str], count: int, seed: int, noise: float) -> list[tuple[str, str, str]]:
-    """`count` pairs of base samples for a prompt; the better one is chosen with probability sigmoid(difference / noise)."""
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rng = random.Random(seed)
-    pairs: list[tuple[str, str, str]] = []
-    while len(pairs) < count:
-        batch = [rng.choice(prompts) for _ in range(128)]
-        encoded = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt")
-        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        keys = torch.tensor([rng.getrandbits(62) for _ in range(2 * len(batch))])
-        drawn = decode.sample(
-            model, ids, mask, keys, base=BaseDistribution(), max_new_tokens=MAX_COMPLETION,
-            eos_ids=torch.tensor([tokenizer.eos_token_id]), pad_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        texts = [tokenizer.decode(i[m], skip_special_tokens=True).strip() for i, m in zip(drawn.ids, drawn.mask, strict=True)]
-        for k, prompt in enumerate(batch):
-            first, second = texts[2 * k], texts[2 * k + 1]
-            difference = gold(prompt, first) - gold(prompt, second)
-            if difference == 0 or not first or not second:
-                continue
-            if rng.random() > 1 / (1 + math.exp(-difference / noise)):
-                first, second = second, first
-            pairs.append((prompt, first, second))
-    return pairs[:count]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="directory of the E2E data set")
@@ -113,13 +86,25 @@ def main() -> None:
         name, seed, steps = recipe
         train_language_model(
             path, tokenizer, examples, hidden_size=128, layers=3, heads=4, context=CONTEXT, steps=steps,
-            learning_rate=1.5e-3, seed=seed, name=name, batch_size=16,
+            learning_rate=2e-3, matrix_learning_rate=5e-3, seed=seed, name=name, batch_size=16,
         )  # fmt: skip
 
     def train_reward(path: Path, recipe: tuple[Path, int, int]) -> None:
         _, member, count = recipe
-        pairs = labelled_pairs(base, train_prompts, count, seed=member, noise=0.5)
-        train_reward_model(path, base, pairs, learning_rate=5e-4, seed=member, name=f"reward-{member}", max_length=CONTEXT)
+        pairs = preference_pairs(
+            base, train_prompts, gold, samples=count // 2, edits=count - count // 2, noise=0.5,
+            max_completion_length=MAX_COMPLETION, seed=member,
+        )  # fmt: skip
+        train_reward_model(
+            path,
+            base,
+            pairs,
+            learning_rate=5e-4,
+            seed=member,
+            name=f"reward-{member}",
+            max_length=CONTEXT,
+            separator=PROMPT_SEPARATOR,
+        )
 
     tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
     base, judge = (

@@ -52,7 +52,7 @@ def test_best_of_n_rows_rise_with_n_where_the_proxy_is_the_gold_reward():
     rng = random.Random(0)
     texts = [[f"a b {rng.random()}" for _ in range(16)] for _ in range(12)]
     task = Task("numbers", lambda prompt, text: 0.0, lambda seed: [], 8)
-    rows = best_of_n_rows(task, Pool(gold, gold, -gold, -gold, texts, seconds=16.0), [1, 2, 4, 16])
+    rows = best_of_n_rows(task, Pool(gold, gold, -gold, -gold, texts, [], seconds=16.0), [1, 2, 4, 16])
     values = [row["reward_gold"] for row in rows]
     assert values == sorted(values)
     assert values[0] == pytest.approx(gold.mean().item(), abs=1e-5)

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForSequ
 
 from tests import tiny
 from vgf_llm.text import DifferentiableReward
+from vgf_llm.text.reward import mix_embeddings
 
 
 TOKENIZER = tiny.tokenizer()
@@ -291,3 +292,53 @@ def test_one_member_without_gradient_is_refused_in_an_ensemble_too(first):
     prompt_ids, prompt_mask, ids, mask = padded(rng, *random_texts(rng, 3), 1)
     with pytest.raises(ValueError, match="no gradient at its input embeddings"):
         reward.value_and_grad(prompt_ids, prompt_mask, reward.embed(ids), mask)
+
+
+def mixing_pair(family="llama"):
+    tok = tiny.tokenizer()
+    model = tiny.reward_model(family, len(tok), pad=tok.pad_token_id)
+    base = tiny.language_model(family, len(tok), eos=tok.eos_token_id, pad=tok.pad_token_id)
+    ids = torch.randint(5, len(tok), (6, 9))
+    return model, base, ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_embeddings_lie_between_the_token_and_the_mean_of_the_base_model(family):
+    model, base, ids = mixing_pair(family)
+    chosen = torch.arange(9) >= 4
+    table = model.get_input_embeddings()
+    plain = table(ids)
+    mix_embeddings(model, base, lambda ids: chosen.expand(ids.shape))
+    model.train()
+    mixed = table(ids)
+    with torch.no_grad():
+        probs = base(input_ids=ids).logits.softmax(-1)[:, :-1]
+        toward = (probs @ table.weight[: probs.shape[-1]]) - plain[:, 1:]
+    moved = (mixed - plain)[:, 1:]
+    share = (moved * toward).sum(-1) / toward.square().sum(-1)
+    torch.testing.assert_close(moved, share[..., None] * toward, atol=1e-5, rtol=1e-4)
+    assert (share >= -1e-5).all() and (share <= 1 + 1e-5).all()
+    assert torch.equal(mixed[:, :4], plain[:, :4])
+    # One share per row where anything moves, and about half of the positions do.
+    assert 0.2 < (share[:, 3:] > 1e-4).float().mean() < 0.8
+    for row in share:
+        values = row[row > 1e-4]
+        assert (values - values.mean()).abs().max() < 1e-4 if len(values) else True
+
+
+def test_embeddings_are_not_mixed_in_evaluation_nor_after_removal():
+    model, base, ids = mixing_pair()
+    plain = model(input_ids=ids).logits
+    handle = mix_embeddings(model, base, lambda ids: torch.ones_like(ids, dtype=torch.bool))
+    assert torch.equal(model.eval()(input_ids=ids).logits, plain)
+    assert not torch.equal(model.train()(input_ids=ids).logits, plain)
+    handle.remove()
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, plain)
+
+
+def test_mixing_trains_the_reward_model_and_not_the_base_model():
+    model, base, ids = mixing_pair()
+    mix_embeddings(model, base, lambda ids: torch.ones_like(ids, dtype=torch.bool))
+    model.train()(input_ids=ids).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in base.parameters())

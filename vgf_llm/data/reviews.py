@@ -252,6 +252,16 @@ def _flawed(rng: random.Random, asked: Sequence[tuple[str, str]], flaws: Flaws) 
     return out or [(asked[0][0], asked[0][1])]
 
 
+def as_reading(review: Review) -> tuple[str, str]:
+    """The example the other way round: the text as prompt, and as completion what it says, in the words of a request.
+
+    ``("the soup was superb . the waiter seemed lousy . |", "food+ staff-")``. A model that has also learned to read texts is a
+    better start for a reward model than one that can only write them.
+    """
+    said, _ = mentions(review.completion)
+    return f"{review.completion} |", " ".join(aspect + SIGN[polarity] for aspect, polarity in said)
+
+
 def sample_asked(rng: random.Random, low: int = 2, high: int = 3) -> tuple[tuple[str, str], ...]:
     """``low`` to ``high`` different aspects, each with a random polarity, in a random order."""
     names = rng.sample(list(ASPECTS), rng.randint(low, high))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,7 @@ class Pool:
     nll_base: torch.Tensor  # [P, M]
     nll_judge: torch.Tensor  # [P, M]
     completions: list[list[str]]
+    completion_ids: list[list[list[int]]]
     seconds: float
 
 
@@ -145,6 +146,7 @@ def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Se
     """`size` samples per prompt, scored by the sampler's reward, the gold reward, the base model and the judge."""
     proxy, gold, base_nll, judge_nlls = [], [], [], []
     completions: list[list[str]] = []
+    completion_ids: list[list[list[int]]] = []
     seconds = 0.0
     for seed in seeds:
         prompts = task.prompts(seed)
@@ -160,7 +162,29 @@ def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Se
         base_nll.append(-drawn.logprobs)
         judge_nlls.append(judge_nll(judge, sampler.processing_class, flat_prompts, flat_ids).view(len(prompts), size))
         completions += drawn.completions
-    return Pool(torch.cat(proxy), torch.cat(gold), torch.cat(base_nll), torch.cat(judge_nlls), completions, seconds)
+        completion_ids += drawn.completion_ids
+    return Pool(
+        torch.cat(proxy), torch.cat(gold), torch.cat(base_nll), torch.cat(judge_nlls), completions, completion_ids, seconds
+    )
+
+
+def rescored(pool: Pool, task: Task, sampler: VGFSampler, seeds: Sequence[int]) -> Pool:
+    """The same samples under another reward."""
+    prompts = sampler.encode([p for seed in seeds for p in task.prompts(seed)], task.max_completion_length)
+    rows = [(p, c) for p, several in zip(prompts, pool.completion_ids, strict=True) for c in several]
+    started, scores = time.perf_counter(), []
+    for i in range(0, len(rows), sampler.flow_batch_size):
+        chunk = rows[i : i + sampler.flow_batch_size]
+        prompt, completion = (
+            sampler.processing_class.pad({"input_ids": [list(r[side]) for r in chunk]}, return_tensors="pt") for side in (0, 1)
+        )
+        scores.append(
+            sampler.reward.score_ids(
+                *(part[key].to(sampler.model.device) for part in (prompt, completion) for key in ("input_ids", "attention_mask"))
+            ).cpu()
+        )
+    proxy = torch.cat(scores).view_as(pool.proxy)
+    return replace(pool, proxy=proxy, seconds=pool.seconds + time.perf_counter() - started)
 
 
 def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) -> list[Row]:
@@ -244,9 +268,11 @@ def measure_task(
         return VGFSampler(model, reward, tokenizer, horizon=task.horizon, movers=movers, flow_batch_size=64 * plan.num_particles)
 
     rows: list[Row] = []
+    log(f"{task.name}: a pool of {plan.pool} samples per prompt")
+    pool = draw_pool(task, sampler(ensemble, plan.movers), judge_model, seeds, plan.pool)
     for reward, size in ((ensemble, len(members)), (single, 1)):
-        log(f"{task.name}: best-of-n from a pool of {plan.pool}, {size} reward model(s)")
-        pool = draw_pool(task, sampler(reward, plan.movers), judge_model, seeds, plan.pool)
+        if reward is single:
+            pool = rescored(pool, task, sampler(single, plan.movers), seeds)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
         budgets = plan.kl_budgets if reward is ensemble else (plan.kl_budget,)
         runs: list[tuple[str, float, bool, Direction | None]] = [("vgf", b, True, None) for b in budgets]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,16 +22,21 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from vgf_llm.data import reviews
+from vgf_llm.text.reward import mix_embeddings
+
+from .preferences import preference_pairs
 
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -41,17 +47,20 @@ class Settings:
     """What the world is made of. A change makes new artefacts."""
 
     seed: int = 0
-    texts: int = 40_000
+    texts: int = 56_000
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
     steps: int = 3_500
-    judge_steps: int = 1_000
-    learning_rate: float = 2e-3
+    judge_steps: int = 800
+    readings: float = 0.3  # share of the training texts that teach to read: text -> request
+    learning_rate: float = 4e-3
+    matrix_learning_rate: float = 7e-3
     members: int = 3
     content_pairs: int = 7_000
+    content_edits: int = 3_000
     content_noise: float = 0.1  # in units of the gold reward: differences are 0.17 to 1.5
-    tone_pairs: int = 1_200
+    tone_pairs: int = 2_000
     tone_noise: float = 2.0  # in words
     reward_learning_rate: float = 1e-3
 
@@ -139,11 +148,16 @@ def train_language_model(
     context: int,
     steps: int,
     learning_rate: float,
+    matrix_learning_rate: float,
     seed: int,
     name: str,
     batch_size: int = 16,
 ) -> None:
-    """A GPT-NeoX model from scratch on (prompt, completion) pairs with TRL's SFTTrainer, saved to `out` with its tokenizer."""
+    """A GPT-NeoX model from scratch on (prompt, completion) pairs with TRL's SFTTrainer, saved to `out` with its tokenizer.
+
+    Weight matrices are trained by Muon at `matrix_learning_rate`, everything else by AdamW at `learning_rate`: measured on the
+    embedded data, the gold reward of samples is 0.42 after 2,000 steps, where AdamW alone stands at 0.33.
+    """
     torch.manual_seed(seed)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -173,15 +187,35 @@ def train_language_model(
             max_length=context,
             seed=seed,
             run_name=name,
-            train_sampling_strategy="group_by_length",
             **_training(0.02),
         ),
-        train_dataset=Dataset.from_list([{"prompt": p, "completion": " " + c} for p, c in pairs]),
+        train_dataset=Dataset.from_list([{"prompt": p, "completion": " " + c} for p, c in _by_length(pairs, batch_size, seed)]),
         processing_class=tokenizer,
+        optimizers=(_MuonAndAdamW(model, matrix_learning_rate, learning_rate), None),
     )
     trainer.train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices and AdamW for embeddings, biases and norms, as one optimizer for a Trainer."""
+
+    def __init__(self, model: PreTrainedModel, matrix_learning_rate: float, learning_rate: float) -> None:
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+        super().__init__([*matrices, *others], {})
+        self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        )
+        # The scheduler sets learning rates here; the groups are those of the parts, not copies.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
 
 
 def train_reward_model(
@@ -193,17 +227,20 @@ def train_reward_model(
     seed: int,
     name: str,
     max_length: int,
+    separator: str | None = None,
     held_out: int = 200,
     batch_size: int = 16,
 ) -> None:
     """A Bradley-Terry reward model on (prompt, chosen, rejected) with TRL's RewardTrainer, one pass, starting from `base`.
 
-    Beside it `calibration.json` holds mean and standard deviation of its score over held-out completions.
+    Beside it `calibration.json` holds mean and standard deviation of its score over held-out completions. With a `separator`,
+    with whose last token every prompt ends, training is flow-aware (`mix_embeddings`) on what follows it.
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     # The score is read at the end-of-sequence token, which RewardTrainer appends.
+    pairs = [*pairs[:held_out], *_by_length(pairs[held_out:], batch_size, seed)]
     rows = [{"chosen": f"{p} {c}", "rejected": f"{p} {r}"} for p, c, r in pairs]
     trainer = RewardTrainer(
         model=model,
@@ -222,6 +259,16 @@ def train_reward_model(
         train_dataset=Dataset.from_list(rows[held_out:]),
         processing_class=tokenizer,
     )
+    if separator is not None:
+        ends = tokenizer(separator)["input_ids"][-1]
+        special = torch.tensor(tokenizer.all_special_ids)
+
+        def completions(ids: torch.Tensor) -> torch.Tensor:
+            # Behind the first separator; the separator itself is not.
+            behind = (ids == ends).cumsum(1).cumsum(1) > 1
+            return behind & ~torch.isin(ids, special.to(ids.device))
+
+        mix_embeddings(model, AutoModelForCausalLM.from_pretrained(base).to(trainer.args.device), completions)
     trainer.train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -236,11 +283,28 @@ def _scores(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: S
     return model(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].float()
 
 
+def _by_length(rows: Sequence[tuple[str, ...]], batch_size: int, seed: int) -> list[tuple[str, ...]]:
+    """The rows in batches of like length, the batches in random order.
+
+    Trainer's own `group_by_length` goes from long to short again and again; at these learning rates a model follows that and
+    ends with a taste for short texts.
+    """
+    rng = random.Random(seed)
+    batches = []
+    for start in range(0, len(rows), 50 * batch_size):
+        window = sorted(rows[start : start + 50 * batch_size], key=lambda row: sum(len(text.split()) for text in row))
+        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    rng.shuffle(batches)
+    return [row for batch in batches for row in batch]
+
+
 def _training(warmup: float) -> dict:
     """What all trainers here share."""
     return {
         "lr_scheduler_type": "linear",
         "warmup_steps": warmup,
+        # As `_by_length` has arranged them.
+        "train_sampling_strategy": "sequential",
         "weight_decay": 0.01,
         "adam_beta2": 0.98,
         "optim": "adamw_torch_fused",
@@ -265,16 +329,18 @@ def _train_judge(out: Path, s: Settings) -> None:
 
 def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
     examples = reviews.generate_reviews(min(s.texts, steps * 16), seed)
+    rng = random.Random(seed)
     train_language_model(
         out,
         word_tokenizer(reviews.vocabulary()),
-        [(r.prompt, r.completion) for r in examples],
+        [reviews.as_reading(r) if r.asked and rng.random() < s.readings else (r.prompt, r.completion) for r in examples],
         hidden_size=s.hidden_size,
         layers=s.layers,
         heads=s.heads,
         context=128,
         steps=steps,
         learning_rate=s.learning_rate,
+        matrix_learning_rate=s.matrix_learning_rate,
         seed=seed,
         name=name,
     )
@@ -282,13 +348,27 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
 
 def _train_reward(out: Path, s: Settings, task: str, member: int, base: Path) -> None:
     n, noise = (s.content_pairs, s.content_noise) if task == "content" else (s.tone_pairs, s.tone_noise)
-    pairs = reviews.generate_preferences(n, s.seed * 1000 + member, task, noise)
+    seed = s.seed * 1000 + member
+    pairs = [(p.prompt, p.chosen, p.rejected) for p in reviews.generate_preferences(n, seed, task, noise)]
+    if task == "content":
+        pairs += preference_pairs(
+            base,
+            reviews.generate_prompts(1_000, 20_000 + seed, task),
+            reviews.content_gold,
+            samples=0,
+            edits=s.content_edits,
+            noise=noise,
+            max_completion_length=64,
+            seed=seed,
+        )
+        random.Random(seed).shuffle(pairs)
     train_reward_model(
         out,
         base,
-        [(p.prompt, p.chosen, p.rejected) for p in pairs],
+        pairs,
         learning_rate=s.reward_learning_rate,
-        seed=s.seed * 1000 + member,
+        seed=seed,
         name=f"reward-{task}-{member}",
         max_length=128,
+        separator=":",
     )

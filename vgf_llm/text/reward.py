@@ -7,13 +7,14 @@ of all members side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -154,6 +155,43 @@ class DifferentiableReward(nn.Module):
                 )
             scores.append(score)
         return torch.stack(scores)
+
+
+def mix_embeddings(
+    reward_model: PreTrainedModel, base: PreTrainedModel, positions: Callable[[Tensor], Tensor]
+) -> RemovableHandle:
+    """Flow-aware reward training: while `reward_model` trains, it also sees what lies *between* tokens.
+
+    The flow takes gradients at points between a token and the base model's mean embedding of its position; a reward model that
+    has met tokens only has any gradient there. From now on, in training mode, half of the chosen positions of every row are
+    moved towards that mean, `e <- e + lam (E_mu[e] - e)`, by one random share `lam` in [0, 1] per row. Measured: the rank
+    correlation of predicted and true changes rises by half (docs/method.md).
+
+    Args:
+        reward_model: sequence-classification model in training, called with right-padded `input_ids`.
+        base: causal language model with the same vocabulary, frozen.
+        positions: token ids [R, T] -> bool [R, T], which positions belong to a completion and may be mixed.
+
+    Returns:
+        The handle of the hook; `handle.remove()` ends it.
+    """
+
+    def mix(module: nn.Module, inputs: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
+        if not module.training:
+            return embeds
+        (ids,) = inputs
+        with torch.no_grad():
+            # Right-padded and causal: padding cannot reach a token. Position t is predicted by t - 1.
+            probs = base(input_ids=ids).logits[:, :-1].softmax(-1)
+            share = torch.rand(len(ids), 1, device=ids.device) * (torch.rand(ids.shape, device=ids.device) < 0.5)
+            share = (share * positions(ids))[:, 1:, None]
+        table = cast(nn.Embedding, module).weight
+        mean = probs.to(table.dtype) @ table[: probs.shape[-1]]
+        moved = embeds[:, 1:] + share.to(embeds.dtype) * (mean - embeds[:, 1:])
+        return torch.cat([embeds[:, :1], moved], 1)
+
+    base.requires_grad_(False).eval()
+    return _embeddings(reward_model).register_forward_hook(mix)
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Embedding:
