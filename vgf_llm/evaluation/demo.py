@@ -52,7 +52,11 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
     def log(message: str) -> None:
         console.print(f"[dim]{time.perf_counter() - started:6.0f} s[/dim]  {message}")
 
-    settings = Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if quick else Settings()
+    settings = (
+        Settings(steps=300, judge_steps=100, trunk_pairs=600, content_pairs=300, content_edits=100, tone_pairs=400, members=2)
+        if quick
+        else Settings()
+    )
     plan = Plan(pool=16, kl_budgets=(1.0, 4.0), kl_budget=1.0) if quick else Plan()
     if prompts_per_seed < 8:
         raise ValueError(f"prompts_per_seed must be at least 8 for an interval to mean anything, got {prompts_per_seed}")
@@ -160,7 +164,8 @@ def _students(
                 trainer.save_model()
                 (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
 
-            path = artefact(directory, f"{method}-{task.name}-{seed}", (settings, plan, steps), make, log)
+            rooms = ("data", "flow", "text", "trainer")
+            path = artefact(directory, f"{method}-{task.name}-{seed}", (settings, plan, steps), make, log, rooms)
             _judge_student(measured, task, world, path, seed)
         extra = {"steps": steps, "members": settings.members, "seeds": len(seeds)}
         rows.append(row(task, method, measured, 1, 1, training_particles=particles, **extra))

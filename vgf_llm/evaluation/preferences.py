@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class _Drawer:
         return [self._text(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _pad(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")

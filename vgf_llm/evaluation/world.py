@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -36,8 +36,10 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from vgf_llm.data import reviews
 from vgf_llm.text.reward import mix_embeddings
 
-from .preferences import preference_pairs
+from . import preferences
 
+
+Texts = TypeVar("Texts", bound=tuple[str, ...])
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -57,8 +59,9 @@ class Settings:
     learning_rate: float = 4e-3
     matrix_learning_rate: float = 7e-3
     members: int = 3
-    content_pairs: int = 7_000
-    content_edits: int = 3_000
+    trunk_pairs: int = 10_000
+    content_pairs: int = 2_000
+    content_edits: int = 4_000
     content_noise: float = 0.1  # in units of the gold reward: differences are 0.17 to 1.5
     tone_pairs: int = 2_000
     tone_noise: float = 2.0  # in words
@@ -79,20 +82,18 @@ def build_world(directory: Path, settings: Settings, log: Callable[[str], None])
     """Train what is missing under `directory` and return where everything is."""
     base = artefact(directory, "base", settings, _train_base, log)
     judge = artefact(directory, "judge", settings, _train_judge, log)
-    rewards: dict[str, list[Path]] = {}
-    calibration: dict[str, list[tuple[float, float]]] = {}
-    for task in reviews.GOLD:
-        rewards[task] = [
-            artefact(
-                directory,
-                f"reward-{task}-{member}",
-                settings,
-                partial(_train_reward, task=task, member=member, base=base),
-                log,
-            )
+    trunk = artefact(directory, "reward-trunk", settings, partial(_train_trunk, base=base), log)
+    makers = {"content": partial(_train_content, trunk=trunk, base=base), "tone": partial(_train_tone, base=base)}
+    rewards = {
+        task: [
+            artefact(directory, f"reward-{task}-{member}", settings, partial(make, member=member), log)
             for member in range(settings.members)
         ]
-        calibration[task] = [tuple(json.loads((p / "calibration.json").read_text())) for p in rewards[task]]
+        for task, make in makers.items()
+    }
+    calibration: dict[str, list[tuple[float, float]]] = {
+        task: [tuple(json.loads((p / "calibration.json").read_text())) for p in paths] for task, paths in rewards.items()
+    }
     return World(base, judge, rewards, calibration)
 
 
@@ -102,12 +103,16 @@ def artefact(
     recipe: Any,
     make: Callable[[Path, Any], None],
     log: Callable[[str], None],
+    rooms: Sequence[str] = ("data", "text"),
 ) -> Path:
     """`directory/name-hash`, made by `make(path, recipe)` if it is not there.
 
-    The hash covers the recipe and the code of the data and of this file; a change of either makes a new artefact.
+    The hash covers the recipe and the code that shapes the artefact: this file, that of the preferences and the `rooms` of the
+    package. A change of either makes a new artefact.
     """
-    sources = Path(reviews.__file__).read_bytes() + Path(__file__).read_bytes()
+    package = Path(__file__).parents[1]
+    files = [Path(__file__), Path(preferences.__file__), *(f for room in rooms for f in sorted((package / room).glob("*.py")))]
+    sources = b"".join(f.read_bytes() for f in files)
     digest = hashlib.sha256(repr(recipe).encode() + sources).hexdigest()[:12]
     path = directory / f"{name}-{digest}"
     if path.is_dir():
@@ -220,25 +225,26 @@ class _MuonAndAdamW(torch.optim.Optimizer):
 
 def train_reward_model(
     out: Path,
-    base: Path,
+    start: Path,
     pairs: Sequence[tuple[str, str, str]],
     *,
     learning_rate: float,
     seed: int,
     name: str,
     max_length: int,
-    separator: str | None = None,
+    mixtures: tuple[Path, str] | None = None,
     held_out: int = 200,
     batch_size: int = 16,
 ) -> None:
-    """A Bradley-Terry reward model on (prompt, chosen, rejected) with TRL's RewardTrainer, one pass, starting from `base`.
+    """A Bradley-Terry reward model on (prompt, chosen, rejected) with TRL's RewardTrainer, one pass, starting from `start`, a
+    language or a reward model.
 
-    Beside it `calibration.json` holds mean and standard deviation of its score over held-out completions. With a `separator`,
-    with whose last token every prompt ends, training is flow-aware (`mix_embeddings`) on what follows it.
+    Beside it `calibration.json` holds mean and standard deviation of its score over held-out completions. With `mixtures`, a
+    language model and the text every prompt ends with, training is flow-aware (`mix_embeddings`) on what follows that text.
     """
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
     # The score is read at the end-of-sequence token, which RewardTrainer appends.
     pairs = [*pairs[:held_out], *_by_length(pairs[held_out:], batch_size, seed)]
     rows = [{"chosen": f"{p} {c}", "rejected": f"{p} {r}"} for p, c, r in pairs]
@@ -259,7 +265,8 @@ def train_reward_model(
         train_dataset=Dataset.from_list(rows[held_out:]),
         processing_class=tokenizer,
     )
-    if separator is not None:
+    if mixtures is not None:
+        language_model, separator = mixtures
         ends = tokenizer(separator)["input_ids"][-1]
         special = torch.tensor(tokenizer.all_special_ids)
 
@@ -268,7 +275,9 @@ def train_reward_model(
             behind = (ids == ends).cumsum(1).cumsum(1) > 1
             return behind & ~torch.isin(ids, special.to(ids.device))
 
-        mix_embeddings(model, AutoModelForCausalLM.from_pretrained(base).to(trainer.args.device), completions)
+        writer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(language_model)
+        writer.to(trainer.args.device)  # type: ignore[arg-type]
+        mix_embeddings(model, writer, completions)
     trainer.train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -283,7 +292,7 @@ def _scores(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: S
     return model(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].float()
 
 
-def _by_length(rows: Sequence[tuple[str, ...]], batch_size: int, seed: int) -> list[tuple[str, ...]]:
+def _by_length(rows: Sequence[Texts], batch_size: int, seed: int) -> list[Texts]:
     """The rows in batches of like length, the batches in random order.
 
     Trainer's own `group_by_length` goes from long to short again and again; at these learning rates a model follows that and
@@ -346,29 +355,48 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
     )
 
 
-def _train_reward(out: Path, s: Settings, task: str, member: int, base: Path) -> None:
-    n, noise = (s.content_pairs, s.content_noise) if task == "content" else (s.tone_pairs, s.tone_noise)
+def _train_trunk(out: Path, s: Settings, base: Path) -> None:
+    """What all members of the content reward start from: comparisons of texts in which one thing that is said differs."""
+    pairs = reviews.generate_preferences(s.trunk_pairs, s.seed * 1000, "content", s.content_noise)
+    _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], s.seed * 1000, "trunk", None)
+
+
+def _train_content(out: Path, s: Settings, member: int, trunk: Path, base: Path) -> None:
+    """A member of its own: other comparisons, edits of the base model's own texts, and embeddings between tokens."""
+    seed = s.seed * 1000 + member + 1
+    pairs = [
+        (p.prompt, p.chosen, p.rejected) for p in reviews.generate_preferences(s.content_pairs, seed, "content", s.content_noise)
+    ]
+    pairs += preferences.preference_pairs(
+        base,
+        reviews.generate_prompts(1_000, 20_000 + seed, "content"),
+        reviews.content_gold,
+        samples=0,
+        edits=s.content_edits,
+        noise=s.content_noise,
+        max_completion_length=64,
+        seed=seed,
+    )
+    random.Random(seed).shuffle(pairs)
+    _fit_reward(out, s, trunk, pairs, seed, f"content-{member}", base)
+
+
+def _train_tone(out: Path, s: Settings, member: int, base: Path) -> None:
     seed = s.seed * 1000 + member
-    pairs = [(p.prompt, p.chosen, p.rejected) for p in reviews.generate_preferences(n, seed, task, noise)]
-    if task == "content":
-        pairs += preference_pairs(
-            base,
-            reviews.generate_prompts(1_000, 20_000 + seed, task),
-            reviews.content_gold,
-            samples=0,
-            edits=s.content_edits,
-            noise=noise,
-            max_completion_length=64,
-            seed=seed,
-        )
-        random.Random(seed).shuffle(pairs)
+    pairs = reviews.generate_preferences(s.tone_pairs, seed, "tone", s.tone_noise)
+    _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], seed, f"tone-{member}", base)
+
+
+def _fit_reward(
+    out: Path, s: Settings, start: Path, pairs: list[tuple[str, str, str]], seed: int, name: str, mixtures_of: Path | None
+) -> None:
     train_reward_model(
         out,
-        base,
+        start,
         pairs,
         learning_rate=s.reward_learning_rate,
         seed=seed,
-        name=f"reward-{task}-{member}",
+        name=f"reward-{name}",
         max_length=128,
-        separator=":",
+        mixtures=None if mixtures_of is None else (mixtures_of, ":"),
     )
