@@ -57,7 +57,7 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
         if quick
         else Settings()
     )
-    plan = Plan(pool=16, kl_budgets=(1.0, 4.0), kl_budget=1.0) if quick else Plan()
+    plan = Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), kl_budget=1.0) if quick else Plan()
     if prompts_per_seed < 8:
         raise ValueError(f"prompts_per_seed must be at least 8 for an interval to mean anything, got {prompts_per_seed}")
     prompts = 8 if quick else prompts_per_seed

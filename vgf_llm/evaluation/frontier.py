@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vgf_llm.flow import TransportBudget, best_of_n_curve, best_of_n_kl
@@ -75,7 +76,7 @@ def measure_vgf(
 ) -> Measured:
     """Run the sampler on the prompts of every seed and judge what it selects."""
     m = Measured([], [], [], [], [], [], [], [], [], 0.0)
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="seeds", leave=False):
         prompts = task.prompts(seed)
         started = time.perf_counter()
         out = sampler.sample(
@@ -148,7 +149,7 @@ def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Se
     completions: list[list[str]] = []
     completion_ids: list[list[list[int]]] = []
     seconds = 0.0
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="seeds", leave=False):
         prompts = task.prompts(seed)
         started = time.perf_counter()
         # Noise of its own: where VGF's completions are ranked in the pool, they must not be part of it.
@@ -233,9 +234,9 @@ class Plan:
     num_particles: int = 8
     steps: int = 3
     step_size: float = 0.5
-    rounds: int = 5
+    rounds: int = 6
     movers: int = 2
-    kl_budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    kl_budgets: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
     kl_budget: float = 2.0  # of the controls and of the comparison of one member with several
 
 
@@ -285,7 +286,9 @@ def measure_task(
             # Raw rows move every particle once: moving the best alone, unverified, would throw away their selection and say
             # nothing about the direction.
             rounds, movers = (plan.rounds, plan.movers) if verify else (1, plan.num_particles)
-            budget = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=rounds)
+            # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
+            steps = plan.steps if kl_budget else 0
+            budget = TransportBudget(steps=steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=rounds)
             measured = measure_vgf(
                 task,
                 sampler(reward, movers),
@@ -296,7 +299,7 @@ def measure_task(
                 verify=verify,
                 direction=direction,
             )
-            candidates = plan.num_particles + rounds * movers if verify else plan.num_particles
+            candidates = plan.num_particles + (rounds * movers if verify and steps else 0)
             rows.append(
                 row(
                     task,
@@ -304,7 +307,7 @@ def measure_task(
                     measured,
                     plan.num_particles,
                     candidates,
-                    steps=plan.steps,
+                    steps=steps,
                     rounds=rounds,
                     kl_budget=kl_budget,
                     verified=verify,
