@@ -7,7 +7,7 @@ sentence states it), three proxy reward models on pairs of base samples and of e
 the gold reward, and prints the table of the demonstration. `--data` is a directory with `devset.csv` and
 `testset_w_refs.csv` of the E2E data set.
 
-Writes benchmarks/results/e2e_nlg.json and docs/img/e2e_*.png.
+Writes benchmarks/results/e2e_nlg.json, the same as tables in e2e_nlg.md, and docs/img/e2e_*.png.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vgf_llm.data.e2e import PROMPT_SEPARATOR, e2e_gold, format_prompt, load_e2e
 from vgf_llm.evaluation.frontier import Task, measure_task
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
 from vgf_llm.evaluation.preferences import preference_pairs
-from vgf_llm.evaluation.report import print_table, write_report
+from vgf_llm.evaluation.report import markdown_table, print_table, write_atomically, write_report
 from vgf_llm.evaluation.world import SPECIAL, artefact, train_language_model, train_reward_model
 
 
@@ -130,6 +130,7 @@ def main() -> None:
             },
         },
     )
+    write_atomically(ROOT / "benchmarks" / "results" / "e2e_nlg.md", markdown_table(rows).encode())
     plot_frontier(rows, ROOT / "docs" / "img" / "e2e_frontier.png")
     plot_generations(rows, ROOT / "docs" / "img" / "e2e_generations.png")
 

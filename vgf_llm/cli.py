@@ -50,13 +50,16 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    horizon: int | None = 0,
+    movers: int | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """The selected completion of every prompt, with what it earned and what it cost.
 
     Args:
         model, reward_models: paths or hub ids; several reward models are an ensemble (`DifferentiableReward`). They
-            run on the GPU if there is one.
+            run on the GPU if there is one. A `calibration.json` (mean and standard deviation of the score) beside every one
+            of them makes an ensemble comparable.
         The others: as in `VGFSampler` and `VGFSampler.sample`.
 
     Returns:
@@ -70,7 +73,7 @@ def sample(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from vgf_llm.text import VGFSampler
+    from vgf_llm.text import DifferentiableReward, VGFSampler
 
     for name in (model, *reward_models):
         try:
@@ -82,7 +85,18 @@ def sample(
         tokenizer.pad_token = tokenizer.eos_token
     language_model: Any = AutoModelForCausalLM.from_pretrained(model)
     language_model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = VGFSampler(language_model, list(reward_models), tokenizer, temperature=temperature, top_k=top_k, top_p=top_p)
+    beside = [Path(name) / "calibration.json" for name in reward_models]
+    calibration = [json.loads(path.read_text()) for path in beside] if all(path.is_file() for path in beside) else None
+    sampler = VGFSampler(
+        language_model,
+        DifferentiableReward(list(reward_models), tokenizer, calibration=calibration),
+        tokenizer,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        horizon=horizon,
+        movers=movers,
+    )
     output = sampler.sample(prompts, num_particles, budget, max_completion_length, seed, progress=progress)
     spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
     columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
@@ -178,6 +192,8 @@ def _run_sample(args: argparse.Namespace) -> None:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            horizon=None if args.horizon < 0 else args.horizon,
+            movers=args.movers,
             progress=True,
         )
         for record in records:
@@ -216,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, default=5, metavar="L", help="flow steps; 0 is best-of-N")
     run.add_argument("--kl-budget", type=float, default=2.0, metavar="NATS", help="what one decode may spend")
     run.add_argument("--rounds", type=int, default=1, metavar="R", help="how often flow and decode alternate")
+    run.add_argument(
+        "--horizon", type=int, default=0, metavar="T", help="tokens a tilt outlives the first change; -1: to the end"
+    )
+    run.add_argument(
+        "--movers", type=int, metavar="N", help="best particles a round moves; default: all", default=argparse.SUPPRESS
+    )
     run.add_argument("--max-completion-length", type=int, default=64, metavar="T", help="in tokens")
     run.add_argument("--seed", type=int, default=0, help="of the noise")
     run.add_argument("--temperature", type=float, default=1.0, help="of the base model")
@@ -229,7 +251,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    args.output = getattr(args, "output", None)
+    for name in ("output", "movers"):  # without a default, so that the help shows none
+        setattr(args, name, getattr(args, name, None))
     try:
         args.run(args)
         sys.stdout.flush()

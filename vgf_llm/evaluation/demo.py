@@ -27,7 +27,7 @@ from vgf_llm.trainer import VGFConfig, VGFTrainer
 from .frontier import Measured, Plan, Row, Task, measure_task, row
 from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
-from .report import print_table, write_report
+from .report import markdown_table, print_table, write_atomically, write_report
 from .world import Settings, World, artefact, build_world
 
 
@@ -38,7 +38,7 @@ STUDENT_LEARNING_RATE = 5e-4
 
 
 def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1, 2), prompts_per_seed: int = 10) -> dict:
-    """Run everything, write `report.json` and the plots to `output_dir`, print the table, and return the report.
+    """Run everything, write `report.json`, its tables (`report.md`) and the plots to `output_dir`, print and return the report.
 
     Trained models are kept under `output_dir/models` and found again by their settings. `quick` trains smaller models on fewer
     steps and measures fewer prompts: it shows that everything runs, not what the method can do. Intervals narrow with
@@ -98,10 +98,11 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
     }
     print_table(rows, console)
     write_report(output_dir / "report.json", report)
+    write_atomically(output_dir / "report.md", markdown_table(rows).encode())
     plot_frontier(rows, output_dir / "frontier.png")
     plot_generations(rows, output_dir / "generations.png")
     plot_budget(rows, output_dir / "budget.png")
-    log(f"wrote {output_dir / 'report.json'} and frontier.png, generations.png, budget.png beside it")
+    log(f"wrote {output_dir / 'report.json'} and report.md, frontier.png, generations.png, budget.png beside it")
     return report
 
 

@@ -70,10 +70,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class World:
-    """Directories of the trained models. `rewards[task]` are the members of that task's proxy, each with its calibration."""
+    """Directories of the trained models.
+
+    `rewards[task]` are the members of that task's proxy, each with its calibration; `trunk` is what those of content start from.
+    """
 
     base: Path
     judge: Path
+    trunk: Path
     rewards: dict[str, list[Path]]
     calibration: dict[str, list[tuple[float, float]]]
 
@@ -94,7 +98,7 @@ def build_world(directory: Path, settings: Settings, log: Callable[[str], None])
     calibration: dict[str, list[tuple[float, float]]] = {
         task: [tuple(json.loads((p / "calibration.json").read_text())) for p in paths] for task, paths in rewards.items()
     }
-    return World(base, judge, rewards, calibration)
+    return World(base, judge, trunk, rewards, calibration)
 
 
 def artefact(
