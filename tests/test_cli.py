@@ -167,8 +167,8 @@ def test_demo_hands_its_options_over(monkeypatch, tmp_path):
 
     seen = []
     monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: seen.append((args, kwargs)) or {})
-    assert cli.main(["demo", "--output-dir", str(tmp_path / "d"), "--quick"]) == 0
-    assert seen == [((tmp_path / "d",), {"quick": True, "prompts_per_seed": 10})]
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "d"), "--scale", "quick"]) == 0
+    assert seen == [((tmp_path / "d", "quick"), {})]
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(monkeypatch, arguments, tmp_path, capsys):

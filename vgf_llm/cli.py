@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from vgf_llm.text.sampler import Prompt
 
 
-def demo(output_dir: str | Path = "outputs/demo", quick: bool = False, prompts_per_seed: int = 10) -> dict[str, Any]:
+def demo(output_dir: str | Path = "outputs/demo", scale: str = "default") -> dict[str, Any]:
     """Train the small models of the embedded data set, measure the method beside its baselines, write the report.
 
     Args:
         output_dir: where models, report and figures go.
-        quick: fewer prompts and shorter training: shows that everything runs, and is no measurement.
-        prompts_per_seed: held-out prompts of each of the three seeds; more of them narrow the intervals.
+        scale: "default" takes minutes on two cores; "full" is what the documentation reports; "quick" shows that everything
+            runs, and is no measurement.
     """
     from vgf_llm.evaluation.demo import run_demo
 
-    return run_demo(Path(output_dir), quick=quick, prompts_per_seed=prompts_per_seed)
+    return run_demo(Path(output_dir), scale)
 
 
 def sample(
@@ -171,7 +171,7 @@ def open_output(path: str | None) -> Iterator[TextIO]:
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    demo(args.output_dir, args.quick, args.prompts)  # says itself what it does and where it writes
+    demo(args.output_dir, args.scale)  # says itself what it does and where it writes
 
 
 def _run_sample(args: argparse.Namespace) -> None:
@@ -215,9 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("demo", help="the whole method on the embedded data, on a CPU", formatter_class=with_defaults)
     run.add_argument("--output-dir", default="outputs/demo", metavar="DIR", help="models, report and figures")
     run.add_argument(
-        "--prompts", type=int, default=10, help="held-out prompts per seed, at least 8; the published figures take 16"
-    )
-    run.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures nothing")
+        "--scale", choices=("quick", "default", "full"), default="default",
+        help="default: minutes on two cores; full: what the documentation reports; quick: shows that it runs",
+    )  # fmt: skip
     run.set_defaults(run=_run_demo)
 
     run = commands.add_parser(

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,18 +32,54 @@ from .world import Settings, World, artefact, build_world
 
 
 MAX_COMPLETION = 64
-STUDENT_STEPS = 15
 STUDENT_BATCH = 16
 STUDENT_LEARNING_RATE = 5e-4
 
 
-def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1, 2), prompts_per_seed: int = 10) -> dict:
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and measured."""
+
+    settings: Settings
+    plan: Plan
+    prompts_per_seed: int
+    seeds: tuple[int, ...]
+    student_steps: int
+
+
+SCALES = {
+    # Shows that everything runs, and measures nothing.
+    "quick": Scale(
+        Settings(steps=300, judge_steps=100, trunk_pairs=600, content_pairs=300, content_edits=100, tone_pairs=400, members=2),
+        Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), kl_budget=1.0),
+        prompts_per_seed=8,
+        seeds=(0,),
+        student_steps=2,
+    ),
+    # Minutes on two cores.
+    "default": Scale(
+        Settings(steps=2_800, judge_steps=500, trunk_pairs=8_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
+        Plan(kl_budgets=(0.0, 1.0, 4.0, 8.0, 16.0)),
+        prompts_per_seed=8,
+        seeds=(0, 1, 2),
+        student_steps=8,
+    ),
+    # What docs/method.md reports.
+    "full": Scale(Settings(), Plan(), prompts_per_seed=16, seeds=(0, 1, 2), student_steps=15),
+}
+
+
+def run_demo(output_dir: Path, scale: str = "default") -> dict:
     """Run everything, write `report.json`, its tables (`report.md`) and the plots to `output_dir`, print and return the report.
 
-    Trained models are kept under `output_dir/models` and found again by their settings. `quick` trains smaller models on fewer
-    steps and measures fewer prompts: it shows that everything runs, not what the method can do. Intervals narrow with
-    `prompts_per_seed`; the default keeps the whole run within minutes on two cores, the published figures take 16.
+    Trained models are kept under `output_dir/models` and found again by their settings.
+
+    Raises:
+        ValueError: `scale` is not one of `SCALES`.
     """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    settings, plan, prompts, seeds = (getattr(SCALES[scale], f) for f in ("settings", "plan", "prompts_per_seed", "seeds"))
     # A pipe or a log file has no width of its own.
     console, started = Console(width=None if sys.stdout.isatty() else 120), time.perf_counter()
     # Progress bars stay; what the libraries say about freshly initialised heads is no news here.
@@ -52,16 +88,6 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
     def log(message: str) -> None:
         console.print(f"[dim]{time.perf_counter() - started:6.0f} s[/dim]  {message}")
 
-    settings = (
-        Settings(steps=300, judge_steps=100, trunk_pairs=600, content_pairs=300, content_edits=100, tone_pairs=400, members=2)
-        if quick
-        else Settings()
-    )
-    plan = Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), kl_budget=1.0) if quick else Plan()
-    if prompts_per_seed < 8:
-        raise ValueError(f"prompts_per_seed must be at least 8 for an interval to mean anything, got {prompts_per_seed}")
-    prompts = 8 if quick else prompts_per_seed
-    seeds = tuple(seeds)[:1] if quick else tuple(seeds)
     world = build_world(output_dir / "models", settings, log)
     trained = time.perf_counter() - started
 
@@ -82,11 +108,11 @@ def run_demo(output_dir: Path, quick: bool = False, seeds: Sequence[int] = (0, 1
             log=log,
         )
         if name == "content":
-            rows += _students(output_dir / "models", task, world, settings, plan, seeds, 2 if quick else STUDENT_STEPS, log)
+            rows += _students(output_dir / "models", task, world, settings, plan, seeds, SCALES[scale].student_steps, log)
     report = {
         "rows": rows,
         "seconds": {"total": time.perf_counter() - started, "models": trained},
-        "quick": quick,
+        "scale": scale,
         "prompts_per_seed": prompts,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
