@@ -103,7 +103,7 @@ def main() -> None:
             seed=member,
             name=f"reward-{member}",
             max_length=CONTEXT,
-            separator=PROMPT_SEPARATOR,
+            mixtures=(base, PROMPT_SEPARATOR),
         )
 
     tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
