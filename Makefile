@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-distributed lint clean
 
 venv: $(STAMP)
 
@@ -23,7 +23,11 @@ demo: $(STAMP)
 	$(VENV)/bin/vgf demo
 
 test: $(STAMP)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --ignore tests/distributed
+
+# Two real processes of every engine, on the CPU.
+test-distributed: $(STAMP)
+	$(VENV)/bin/pytest tests/distributed --durations 10
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

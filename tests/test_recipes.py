@@ -43,6 +43,9 @@ def test_vgf_trains_and_saves(saved, tmp_path):
         "--model_name_or_path", saved["lm"], "--reward_model_name_or_path", saved["reward"], saved["reward"],
         "--dataset_name", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "policy", "--max_steps", 2,
         "--per_device_train_batch_size", 2, "--num_generations", 2, "--max_completion_length", 6,
-        "--use_cpu", "true", "--disable_tqdm", "true",
+        "--use_cpu", "true", "--disable_tqdm", "true", "--reward_funcs", "tests.trainer.runs.count_good",
+        "--reward_weights", 1.0, 0.5, "--resume_from_checkpoint", "auto",
     )  # fmt: skip
+    assert "1 x reward" in (tmp_path / "policy" / "README.md").read_text(encoding="utf-8")
+    assert "0.5 x count_good" in (tmp_path / "policy" / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "policy" / "model.safetensors").exists()

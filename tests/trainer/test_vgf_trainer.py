@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from vgf_llm import TransportBudget, VGFSampler
 from vgf_llm.text import DifferentiableReward
-from vgf_llm.trainer.vgf_trainer import PhaseSampler, target_weights
+from vgf_llm.trainer.targets import target_weights
+from vgf_llm.trainer.vgf_trainer import PhaseOrder, PhaseSampler
 
 
 def losses(trainer):
@@ -78,7 +79,7 @@ def test_transport_gives_better_targets_than_best_of_n_and_zero_steps_are_best_o
     assert "flow/displacement_norm" not in still.state.log_history[0]
 
     rows = [still.train_dataset[index] for index in range(4)]
-    (batch,) = still._make_micro_batches(rows, place=0)
+    (batch,) = still._make_micro_batches(rows, phase=0)
     sampler = VGFSampler(
         tiny.language_model("llama", len(tokenizer), eos=tokenizer.eos_token_id),
         tiny.counting_reward(tokenizer),
@@ -99,8 +100,8 @@ def test_transport_gives_better_targets_than_best_of_n_and_zero_steps_are_best_o
 
 
 def test_loss_is_the_weighted_likelihood_per_token(make_trainer):
-    trainer = make_trainer(best_k=2, per_device_train_batch_size=4, temperature=0.7, top_k=10)
-    (batch,) = trainer._make_micro_batches([{"prompt": "and"}, {"prompt": "the staff were nice but the"}], place=0)
+    trainer = make_trainer(target="weighted", best_k=2, per_device_train_batch_size=4, temperature=0.7, top_k=10)
+    (batch,) = trainer._make_micro_batches([{"prompt": "and"}, {"prompt": "the staff were nice but the"}], phase=0)
     numerator = denominator = 0.0
     for row in range(4):  # one by one and without padding
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
@@ -116,11 +117,15 @@ def test_loss_is_the_weighted_likelihood_per_token(make_trainer):
 @pytest.mark.parametrize("family", tiny.LEARNED_POSITIONS)
 def test_padding_on_the_left_does_not_shift_learned_positions(make_trainer, tokenizer, family):
     model = tiny.language_model(family, len(tokenizer), eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
-    trainer = make_trainer(model=model)
+    trainer = make_trainer(model=model, flow_steps=0)
     prompts = [{"prompt": "and"}, {"prompt": "the staff were nice but the"}, {"prompt": "a room"}, {"prompt": "nice"}]
-    (batch,) = trainer._make_micro_batches(prompts, place=0)
-    # The policy still is the reference, so both must find the completions equally likely.
-    torch.testing.assert_close(trainer._logprobs(trainer.model, batch), batch["base_logprobs"], atol=1e-4, rtol=1e-4)
+    (batch,) = trainer._make_micro_batches(prompts, phase=0)
+    for row in range(4):  # one by one and without padding
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        logits = trainer.model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = -torch.nn.functional.cross_entropy(logits, completion, reduction="sum")
+        torch.testing.assert_close(batch["base_logprobs"][row], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_are_a_softmax_in_units_of_the_spread_within_the_prompt():
@@ -146,7 +151,10 @@ def test_gradient_accumulation_and_phases_change_nothing(make_trainer):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8},
     ]
     # SGD: Adam would hide a wrong scale of the gradient. best_k=2: weights are not all 1.
-    runs = [make_trainer(best_k=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=4, **cut) for cut in cuts]
+    runs = [
+        make_trainer(target="weighted", best_k=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=4, **cut)
+        for cut in cuts
+    ]
     for run in runs:
         run.train()
     for run in runs[1:]:
@@ -193,7 +201,7 @@ def test_a_run_can_resume_in_the_second_epoch(make_trainer, tmp_path):
 
 
 def test_epochs_have_their_own_order_and_leave_no_phase_unfinished():
-    sampler = PhaseSampler(10, prompts_per_phase=4, repeats=2, seed=0)
+    sampler = PhaseSampler(10, PhaseOrder(micro=2, steps=2, world=1, iterations=1), seed=0)
     first = list(sampler)
     assert len(first) == len(sampler) == 16
     assert first[:4] == first[4:8] and first[8:12] == first[12:]
@@ -201,16 +209,25 @@ def test_epochs_have_their_own_order_and_leave_no_phase_unfinished():
     sampler.set_epoch(1)
     second = list(sampler)
     assert second != first
-    again = PhaseSampler(10, prompts_per_phase=4, repeats=2, seed=0)
+    again = PhaseSampler(10, PhaseOrder(micro=2, steps=2, world=1, iterations=1), seed=0)
     again.set_epoch(1)
     assert list(again) == second
-    assert list(PhaseSampler(4, prompts_per_phase=2, repeats=1, seed=None)) == [0, 1, 2, 3]
+    assert list(PhaseSampler(4, PhaseOrder(2, 1, 1, 1), seed=None)) == [0, 1, 2, 3]
+
+
+def test_processes_share_every_optimizer_step_as_one_process_takes_it():
+    one, two = PhaseOrder(micro=4, steps=3, world=1, iterations=1), PhaseOrder(micro=2, steps=3, world=2, iterations=1)
+    assert one.size == two.size == 12
+    for step in range(3):  # micro-batch by micro-batch, the same prompts
+        together = [place for process in (0, 1) for place in two.places(5, process)[2 * step : 2 * step + 2]]
+        assert together == one.places(5, 0)[4 * step : 4 * step + 4]
+    assert two.deal(list("abcdefghijkl")) == list("abefijcdghkl")  # the first process's share, then the second's
 
 
 def test_a_prompt_that_comes_again_gets_other_particles(make_trainer):
     dataset = Dataset.from_list([{"prompt": "the food was"}] * 4)
     trainer = make_trainer(train_dataset=dataset, max_completion_length=8)
-    (first,), (second,) = (trainer._make_micro_batches(list(dataset), place=place) for place in (0, 4))
+    (first,), (second,) = (trainer._make_micro_batches(list(dataset), phase=phase) for phase in (0, 1))
     rows = [
         ids[mask.bool()].tolist()
         for b in (first, second)
@@ -218,7 +235,7 @@ def test_a_prompt_that_comes_again_gets_other_particles(make_trainer):
     ]
     assert len({tuple(row) for row in rows}) > 4
     other = make_trainer(train_dataset=dataset, max_completion_length=8, seed=1)
-    assert other._make_micro_batches(list(dataset), place=0)[0]["completion_ids"].tolist() != first["completion_ids"].tolist()
+    assert other._make_micro_batches(list(dataset), phase=0)[0]["completion_ids"].tolist() != first["completion_ids"].tolist()
 
 
 # ---- Reference and policy -------------------------------------------------------------------------------------------
@@ -228,15 +245,15 @@ def test_a_prompt_that_comes_again_gets_other_particles(make_trainer):
 def test_particles_come_from_the_model_as_it_was(make_trainer, lora, adapters):
     trainer = make_trainer(max_steps=4, peft_config=lora if adapters else None)
     rows = [trainer.train_dataset[index] for index in range(4)]
-    (before,) = trainer._make_micro_batches(rows, place=100)
+    (before,) = trainer._make_micro_batches(rows, phase=25)
     trainer.train()
     trainer.model.train()
-    (after,) = trainer._make_micro_batches(rows, place=100)
+    (after,) = trainer._make_micro_batches(rows, phase=25)
     assert trainer.model.training, "sampling left the policy in eval mode"
     assert torch.equal(before["completion_ids"], after["completion_ids"])
     torch.testing.assert_close(before["base_logprobs"], after["base_logprobs"])
     with torch.no_grad():
-        moved = trainer._logprobs(trainer.model, after) - after["base_logprobs"]
+        moved = trainer._logprobs(trainer._log_pi(trainer.model, after), after) - after["base_logprobs"]
     assert moved.abs().max() > 0.01
 
 
@@ -273,7 +290,7 @@ def test_chat_prompts_go_through_the_template(make_trainer, tokenizer):
     chat, text = make_trainer(train_dataset=chats), make_trainer(train_dataset=texts)
     chat.train()
     text.train()
-    (batch,) = chat._make_micro_batches(list(chats), place=0)
+    (batch,) = chat._make_micro_batches(list(chats), phase=0)
     assert tokenizer.decode(batch["prompt_ids"][0]) == "user the food assistant"
     assert losses(chat) == losses(text)
 
@@ -365,23 +382,15 @@ def test_columns_beside_the_prompt_are_kept_or_removed(make_trainer):
 
 def test_several_reward_models_are_an_ensemble(make_trainer, tokenizer):
     members = [tiny.reward_model("llama", len(tokenizer), seed=seed) for seed in (0, 1)]
-    trainer = make_trainer(reward_funcs=members, reward_kappa=2.0)
-    reward = trainer._policy_sampler.reward
+    trainer = make_trainer(reward_funcs=[members], reward_kappa=2.0)
+    (term,) = trainer.rewards.terms
+    reward = term.reward
     assert len(reward.members) == 2 and reward.kappa == 2.0
     given = DifferentiableReward(members, tokenizer, kappa=0.1)
-    assert make_trainer(reward_funcs=given)._policy_sampler.reward is given
+    assert make_trainer(reward_funcs=given).rewards.guide(ready=True) is given
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
-
-
-def test_functions_have_no_gradient(make_trainer, tokenizer):
-    def length(completions, **kwargs):
-        return [float(len(c)) for c in completions]
-
-    for rewards in (length, [tiny.counting_reward(tokenizer), length]):
-        with pytest.raises(TypeError, match="plain functions have no gradient"):
-            make_trainer(reward_funcs=rewards)
 
 
 def test_datasets_that_do_not_fit_are_refused(make_trainer, prompts):
@@ -391,23 +400,29 @@ def test_datasets_that_do_not_fit_are_refused(make_trainer, prompts):
         make_trainer(eval_dataset={"dev": prompts.remove_columns("prompt")})
     with pytest.raises(ValueError, match="train_dataset is required"):
         make_trainer(train_dataset=None)
-    with pytest.raises(TypeError, match="IterableDataset"):
-        make_trainer(train_dataset=prompts.to_iterable_dataset())
+    with pytest.raises(TypeError, match="eval_dataset must be a datasets.Dataset"):
+        make_trainer(eval_dataset=prompts.to_iterable_dataset())
+    with pytest.raises(TypeError, match="got list"):
+        make_trainer(train_dataset=list(prompts))
     with pytest.raises(ValueError, match="has 8 prompts, but one generation phase takes 12"):
         make_trainer(gradient_accumulation_steps=3)
 
 
 def test_rewards_that_do_not_fit_are_refused(make_trainer, tokenizer, saved):
-    other = tiny.tokenizer(tiny.WORDS[::-1])
+    with pytest.raises(ValueError, match="an ensemble needs the vocabulary of the policy"):
+        make_trainer(reward_funcs=[[str(saved["reward"])]], reward_processing_classes=tiny.tokenizer(tiny.WORDS[::-1]))
     with pytest.raises(ValueError, match="another vocabulary"):
-        make_trainer(reward_processing_classes=other)
-    with pytest.raises(ValueError, match="another vocabulary"):
-        make_trainer(reward_funcs=str(saved["other_reward"]), processing_class=tiny.tokenizer())
+        make_trainer(reward_funcs=[[str(saved["other_reward"])]], processing_class=tiny.tokenizer())
+    with pytest.raises(ValueError, match="reward_weights has 1 entries for 2 reward_funcs"):
+        make_trainer(reward_funcs=[tiny.counting_reward(tokenizer)] * 2, reward_weights=[1.0])
+    with pytest.raises(TypeError, match="functions stand beside it"):
+        make_trainer(reward_funcs=[[tiny.counting_reward(tokenizer), len]])
+    with pytest.raises(TypeError, match="reward_funcs holds a int"):
+        make_trainer(reward_funcs=3)
+    with pytest.raises(ValueError, match="empty list"):
+        make_trainer(reward_funcs=[])
     with pytest.raises(ValueError, match="2 reward_processing_classes were given for 1 reward_funcs"):
         make_trainer(reward_processing_classes=[tokenizer, tokenizer])
-    with pytest.raises(ValueError, match="an ensemble already"):
-        given = DifferentiableReward(tiny.counting_reward(tokenizer), tokenizer)
-        make_trainer(reward_funcs=[given, tiny.counting_reward(tokenizer)])
     with pytest.raises(ValueError, match="reward_model_init_kwargs"):
         make_trainer(reward_model_init_kwargs={"dtype": "float32"})
 
@@ -424,16 +439,14 @@ def test_models_that_do_not_fit_are_refused(make_trainer, tokenizer, lora):
         make_trainer(model_init_kwargs={"dtype": "float32"})
     with pytest.raises(ValueError, match="processing_class is required"):
         make_trainer(model=model(), processing_class=None)
+    with pytest.raises(ValueError, match="the adapters reach lm_head"):
+        make_trainer(peft_config=LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     assert make_trainer(model=get_peft_model(model(), lora)).is_peft
 
 
-def test_several_gpus_or_processes_are_refused(make_trainer, monkeypatch):
+def test_several_gpus_in_one_process_are_refused(make_trainer, monkeypatch):
     from vgf_llm import VGFConfig
 
     monkeypatch.setattr(VGFConfig, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="2 GPUs.*CUDA_VISIBLE_DEVICES"):
-        make_trainer()
-    monkeypatch.undo()
-    monkeypatch.setattr(VGFConfig, "world_size", property(lambda self: 4))
-    with pytest.raises(ValueError, match="one process.*4 were launched"):
+    with pytest.raises(ValueError, match="2 GPUs.*accelerate launch"):
         make_trainer()

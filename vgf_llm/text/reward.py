@@ -145,7 +145,7 @@ class DifferentiableReward(nn.Module):
             backbone = getattr(member, member.base_model_prefix)
             hidden = backbone(inputs_embeds=joined, attention_mask=attention.long(), position_ids=positions)[0]
             head = cast(nn.Module, member.score)
-            score = head(hidden[:, -1])[:, 0].float()
+            score = head(hidden[:, -1]).float()
             # Member by member: one without gradient would not show in that of the whole ensemble.
             if torch.is_grad_enabled() and embeds.requires_grad and not score.requires_grad:
                 raise ValueError(
@@ -154,7 +154,7 @@ class DifferentiableReward(nn.Module):
                     "differentiable model, or steps=0 to select by reward only"
                 )
             scores.append(score)
-        return torch.stack(scores)
+        return torch.cat(scores, 1).T  # one number per head; a reward model has one head
 
 
 def mix_embeddings(

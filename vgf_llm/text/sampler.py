@@ -23,6 +23,9 @@ from .reward import DifferentiableReward
 Prompt = str | list[dict[str, str]]
 # Replaces the gradient [R, T, D] of a flow step, given mask [R, T] and noise keys [R]: what a control experiment needs.
 Direction = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Replaces the reward [R] of verification and selection, given for R rows the index of the prompt in the call [R], its ids and
+# mask [R, P], the completion's ids and mask [R, T]: a reward without a gradient, while the flow follows that of a model of it.
+Scorer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class VGFSampler:
         *,
         verify: bool = True,
         direction: Direction | None = None,
+        scorer: Scorer | None = None,
         progress: bool = False,
     ) -> VGFOutput:
         """Sample, transport, verify and select.
@@ -174,6 +178,7 @@ class VGFSampler:
             verify: a particle moves only if its reward rises, and the initial particles stay in the selection. False gives
                 the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
+            scorer: the reward that verifies and selects, where it is another than the one whose gradient the flow follows.
             progress: show a progress bar over chunks of prompts.
 
         Raises:
@@ -190,7 +195,17 @@ class VGFSampler:
         per_chunk = max(1, self.flow_batch_size // num_particles)
         chunks = [slice(i, i + per_chunk) for i in range(0, len(prompt_ids), per_chunk)]
         parts = [
-            self._sample_chunk(prompt_ids[chunk], num_particles, budget, max_completion_length, seeds[chunk], verify, direction)
+            self._sample_chunk(
+                prompt_ids[chunk],
+                num_particles,
+                budget,
+                max_completion_length,
+                seeds[chunk],
+                verify,
+                direction,
+                scorer,
+                chunk.start,
+            )
             for chunk in tqdm(chunks, desc="prompts", disable=not progress)
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -205,9 +220,12 @@ class VGFSampler:
         seeds: list[int],
         verify: bool,
         direction: Direction | None,
+        scorer: Scorer | None,
+        start: int,
     ) -> VGFOutput:
-        """One chunk of B prompts, on R = B * N rows."""
+        """One chunk of B prompts, on R = B * N rows. `start`: index of its first prompt in the call."""
         device = self.model.device
+        index_of = torch.arange(start, start + len(prompts), device=device).repeat_interleave(n)
         ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         shape = (len(prompts), n)
@@ -215,7 +233,7 @@ class VGFSampler:
             self.model, ids, mask, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
         )
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        rewards = self._score(ids, mask, initial).view(shape)
+        rewards = self._score(index_of, ids, mask, initial, scorer).view(shape)
         state, state_rewards = initial, rewards
         traces: list[Trace] = []
         new_tokens = initial.new_tokens.clone()
@@ -230,7 +248,7 @@ class VGFSampler:
             )
             traces.append(trace)
             new_tokens[rows] += moved.new_tokens
-            moved_rewards = self._score(ids[rows], mask[rows], moved)
+            moved_rewards = self._score(index_of[rows], ids[rows], mask[rows], moved, scorer)
             changed = (moved.ids != old.ids).any(1)
             take = changed & (moved_rewards > old_rewards) if verify else changed
             merged = _merge(old, moved, take)
@@ -327,9 +345,13 @@ class VGFSampler:
             encoded.append(list(ids))
         return encoded
 
-    def _score(self, prompt_ids: Tensor, prompt_mask: Tensor, decoded: Decoded) -> Tensor:
+    def _score(self, index: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, decoded: Decoded, scorer: Scorer | None) -> Tensor:
         length = int(decoded.mask.sum(1).max())
-        rewards = self.reward.score_ids(prompt_ids, prompt_mask, decoded.ids[:, :length], decoded.mask[:, :length])
+        ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
+        if scorer is None:
+            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask)
+        else:
+            rewards = scorer(index, prompt_ids, prompt_mask, ids, mask)
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
             text = self._text(decoded.ids[row], decoded.mask[row])

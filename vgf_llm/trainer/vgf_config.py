@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vgf_llm.flow import TransportBudget
+
+
+Target = Literal["sft", "weighted", "tilt", "dpo"]
+ParticleSource = Literal["reference", "policy"]
 
 
 @dataclass
@@ -28,8 +32,11 @@ class VGFConfig(TrainingArguments):
         reward_model_init_kwargs (`dict` or JSON `str`, *optional*):
             The same for reward models given as paths. Kept apart, since a revision or dtype of the policy is seldom
             theirs.
+        reward_weights (`list[float]`, *optional*):
+            One weight per reward; default 1 each, as in TRL.
         reward_kappa (`float`, *optional*, defaults to `0.5`):
-            Several reward models count as `mean - reward_kappa * std` over them (see `DifferentiableReward`).
+            An ensemble of reward models, and the heads of a value model, count as `mean - reward_kappa * std` over them
+            (see `DifferentiableReward`).
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Sets every dropout of the policy to 0: with one pass over given completions it is noise on the likelihood.
 
@@ -38,18 +45,31 @@ class VGFConfig(TrainingArguments):
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Another order of the prompts in every epoch, from `data_seed` or else `seed`.
         per_device_train_batch_size, per_device_eval_batch_size (`int`, *optional*, default to `8`):
-            Completions, not prompts, as in TRL: `per_device_train_batch_size / best_k` prompts make one micro-batch.
+            Fitted completions of one process, not prompts: `per_device_train_batch_size / rows_per_prompt` prompts make one
+            micro-batch, where a prompt has `best_k` rows, and two with `target="dpo"`. All N particles of a prompt are drawn
+            by one process, whatever the sizes.
         steps_per_generation (`int`, *optional*):
             Micro-batches made from one generation phase, a multiple of `gradient_accumulation_steps`, which is its
-            default. Particles come from a frozen reference, so a larger number changes nothing but how many prompts
-            are sampled at once, up to rounding.
+            default. While particles come from a frozen reference and need no value model, a larger number changes nothing
+            but how many prompts are sampled at once, up to rounding.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            How many times the policy is fitted to each generation phase, mu in GRPO.
 
         > Particles
 
         num_generations (`int`, *optional*, defaults to `8`):
             Particles N per prompt. 8 is what the method was measured with.
+        num_generations_eval (`int`, *optional*):
+            The same in evaluation; default `num_generations`.
         max_completion_length (`int`, *optional*, defaults to `256`):
             In tokens.
+        particle_source (`str`, *optional*, defaults to `"reference"`):
+            `"reference"`: the model as it was handed over, so that the budget is the only regulariser. `"policy"`: the
+            policy as it is at the start of the phase; targets then move with it, up to `policy_kl_cap`.
+        policy_kl_cap (`float`, *optional*, defaults to `4.0`):
+            Nats per completion. A phase that finds KL(policy || reference) above it, measured on its own initial particles,
+            is spent on plain samples of the reference, which brings the policy back. The default is the upper end of
+            the range in which methods are compared (docs/method.md). Without effect with `particle_source="reference"`.
         temperature, top_p, top_k (*optional*, default to `1.0`, `1.0`, `0`):
             Of the base sampler, as in TRL. The policy is fitted, and meant to be sampled, at the same temperature.
         flow_batch_size (`int`, *optional*, defaults to `32`):
@@ -72,16 +92,47 @@ class VGFConfig(TrainingArguments):
 
         > Target
 
-        best_k (`int`, *optional*, defaults to `1`):
-            How many particles per prompt, best first, the policy is fitted to.
+        target (`str`, *optional*, defaults to `"sft"`):
+            What the policy is fitted to (formulas in docs/trainer.md): `"sft"`, the likelihood of the best k particles;
+            `"weighted"`, the same weighted by a softmax of their rewards; `"tilt"`, dense token targets from the gradient of
+            the reward along the best k; `"dpo"`, the transported best against the initial worst.
+        best_k (`int`, *optional*):
+            How many particles per prompt, best first, the policy is fitted to. Default: 1 with `"sft"`, all N with
+            `"weighted"` and `"tilt"`. With `"dpo"` it is 1.
         target_temperature (`float`, *optional*, defaults to `1.0`):
-            tau of their weights `w_i = softmax_i(R_i / (tau * s))`, s the standard deviation of R over the N
-            transported particles of the prompt: free of the scale of R. Without effect with `best_k=1`.
+            tau, in standard deviations of R over the N transported particles of the prompt, and so free of the scale of R: of
+            the weights of `"weighted"` and of the advantages of `"tilt"`.
+        tilt_kl_cap (`float`, *optional*, defaults to `0.1`):
+            Nats that one token target may lie away from the base distribution. 0.1 over the 20 to 30 tokens of the measured
+            tasks is the 2 to 3 nats per completion of `flow_kl_budget`.
+        dpo_beta (`float`, *optional*, defaults to `0.1`):
+            beta of DPO, as in TRL.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Completions cut at `max_completion_length` do not count in the loss, as in TRL.
+
+        > Value model: rewards without a gradient (`vgf_llm.text.value.ValueModel`)
+
+        value_model (`str`, *optional*):
+            Path of its backbone, a causal language model with the policy's vocabulary. Default: a copy of the policy as
+            it was handed over.
+        value_heads, value_lora_rank, value_learning_rate (*optional*, default to `4`, `8`, `1e-3`):
+            Heads of the ensemble; rank of the adapters on the backbone, 0 for none; of AdamW.
+        value_replay_size (`int`, *optional*, defaults to `4096`):
+            Scored completions kept, of all processes together.
+        value_warmup_samples (`int`, *optional*, defaults to `256`):
+            Scored completions before the flow follows the value model; until then phases are best-of-N along what else has a
+            gradient.
+        value_batch_size (`int`, *optional*, defaults to `32`):
+            Samples per update.
+        value_update_ratio (`float`, *optional*, defaults to `1.0`):
+            How many times a new sample is used on average while it is new: a phase that scored n completions makes
+            `value_update_ratio * n / value_batch_size` updates.
 
         > Logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Print fitted completions with their rewards whenever metrics are logged.
+            Print fitted completions with their rewards whenever metrics are logged, and append all particles before and
+            after transport with their rewards to `completions-<process>.jsonl` in `output_dir`.
         num_completions_to_print (`int`, *optional*, defaults to `8`):
             How many of them.
 
@@ -111,9 +162,12 @@ class VGFConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keyword arguments of AutoModelForSequenceClassification.from_pretrained where rewards are paths."},
     )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward. Default: 1 each."})
     reward_kappa: float = field(
         default=0.5,
-        metadata={"help": "Several reward models count as their mean minus this many standard deviations."},
+        metadata={
+            "help": "Ensembles of reward models, and value heads, count as their mean minus this many standard deviations."
+        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the policy to 0."})
 
@@ -122,8 +176,18 @@ class VGFConfig(TrainingArguments):
         default=None,
         metadata={"help": "Micro-batches made from a generation phase, a multiple of gradient_accumulation_steps (default)."},
     )
+    num_iterations: int = field(default=1, metadata={"help": "How many times the policy is fitted to each generation phase."})
 
     num_generations: int = field(default=8, metadata={"help": "Particles N per prompt."})
+    num_generations_eval: int | None = field(default=None, metadata={"help": "The same in evaluation. Default: num_generations."})
+    particle_source: ParticleSource = field(
+        default="reference",
+        metadata={"help": "'reference': the model as it was handed over; 'policy': the policy at the start of the phase."},
+    )
+    policy_kl_cap: float = field(
+        default=4.0,
+        metadata={"help": "Nats per completion; above it a phase with particle_source='policy' fits samples of the reference."},
+    )
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the base sampler, at which the policy is fitted as well."}
@@ -143,13 +207,44 @@ class VGFConfig(TrainingArguments):
         metadata={"help": "Positions after the first changed token that the tilt still holds; None: to the end."},
     )
 
-    best_k: int = field(default=1, metadata={"help": "Particles per prompt, best first, that the policy is fitted to."})
+    target: Target = field(
+        default="sft",
+        metadata={
+            "help": "'sft': likelihood of the best k particles; 'weighted': by a softmax of reward; 'tilt': dense token targets "
+            "from the reward's gradient; 'dpo': transported best against initial worst."
+        },
+    )
+    best_k: int | None = field(
+        default=None,
+        metadata={"help": "Particles per prompt, best first, that the policy is fitted to. Default: 1 with sft, else all."},
+    )
     target_temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature of their softmax weights, in standard deviations of R within the prompt."},
+        metadata={"help": "Temperature of 'weighted' and 'tilt', in standard deviations of R within the prompt."},
+    )
+    tilt_kl_cap: float = field(default=0.1, metadata={"help": "Nats that one token target of 'tilt' may spend."})
+    dpo_beta: float = field(default=0.1, metadata={"help": "beta of 'dpo'."})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Completions cut at max_completion_length do not count in the loss."}
     )
 
-    log_completions: bool = field(default=False, metadata={"help": "Print fitted completions whenever metrics are logged."})
+    value_model: str | None = field(
+        default=None,
+        metadata={"help": "Backbone of the value model for rewards without a gradient. Default: a copy of the policy."},
+    )
+    value_heads: int = field(default=4, metadata={"help": "Heads of the value model's ensemble."})
+    value_lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters on its backbone; 0: heads alone."})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value model."})
+    value_replay_size: int = field(default=4096, metadata={"help": "Scored completions kept for it."})
+    value_warmup_samples: int = field(
+        default=256, metadata={"help": "Scored completions before the flow follows the value model."}
+    )
+    value_batch_size: int = field(default=32, metadata={"help": "Samples per update of the value model."})
+    value_update_ratio: float = field(
+        default=1.0, metadata={"help": "How many times a new sample is used, on average, in the phase that scored it."}
+    )
+
+    log_completions: bool = field(default=False, metadata={"help": "Print fitted completions, and write all particles to JSONL."})
     num_completions_to_print: int = field(default=8, metadata={"help": "How many completions to print."})
 
     def __post_init__(self) -> None:
@@ -157,26 +252,57 @@ class VGFConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
+        for name, allowed in (("target", get_args(Target)), ("particle_source", get_args(ParticleSource))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.num_generations_eval is None:
+            self.num_generations_eval = self.num_generations
+        if self.best_k is None:
+            self.best_k = 1 if self.target in ("sft", "dpo") else self.num_generations
         for name, lowest in (
-            ("num_generations", 1), ("max_completion_length", 1), ("flow_batch_size", 1), ("best_k", 1),
-            ("num_completions_to_print", 1),
+            ("num_generations", 1), ("num_generations_eval", 1), ("max_completion_length", 1), ("flow_batch_size", 1),
+            ("best_k", 1), ("num_iterations", 1), ("num_completions_to_print", 1), ("value_heads", 1), ("value_lora_rank", 0),
+            ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1),
         ):  # fmt: skip
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
-        if not (math.isfinite(self.target_temperature) and self.target_temperature > 0):
-            raise ValueError(
-                f"target_temperature must be positive and finite, got {self.target_temperature!r}; best_k=1 is its limit at 0"
-            )
+        for name in (
+            "target_temperature",
+            "policy_kl_cap",
+            "tilt_kl_cap",
+            "dpo_beta",
+            "value_learning_rate",
+            "value_update_ratio",
+        ):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         if self.best_k > self.num_generations:
             raise ValueError(
                 f"best_k ({self.best_k}) must not exceed num_generations ({self.num_generations}), the particles of a "
                 "prompt: lower best_k or raise num_generations"
             )
-        if self.per_device_train_batch_size % self.best_k:
+        if self.target == "dpo" and (self.best_k != 1 or self.num_generations < 2):
             raise ValueError(
-                f"per_device_train_batch_size ({self.per_device_train_batch_size}) counts completions and must be "
-                f"divisible by best_k ({self.best_k}), the completions of one prompt: use e.g. "
-                f"{math.ceil(self.per_device_train_batch_size / self.best_k) * self.best_k}"
+                f"target='dpo' takes one pair of a prompt, so best_k ({self.best_k}) must be 1 and num_generations "
+                f"({self.num_generations}) at least 2"
+            )
+        if min(self.num_generations_eval, self.num_generations) < self.best_k or (
+            self.target == "dpo" and self.num_generations_eval < 2
+        ):
+            raise ValueError(
+                f"num_generations_eval ({self.num_generations_eval}) must be at least the {self.rows_per_prompt} particles that "
+                f"target={self.target!r} fits of a prompt"
+            )
+        if self.per_device_train_batch_size % self.rows_per_prompt:
+            raise ValueError(
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) counts fitted completions and must be "
+                f"divisible by {'2, a pair' if self.target == 'dpo' else f'best_k ({self.best_k})'}, the completions of one "
+                f"prompt: use e.g. {math.ceil(self.per_device_train_batch_size / self.rows_per_prompt) * self.rows_per_prompt}"
+            )
+        if self.value_warmup_samples > self.value_replay_size:
+            raise ValueError(
+                f"value_warmup_samples ({self.value_warmup_samples}) must not exceed value_replay_size "
+                f"({self.value_replay_size}): the replay would never hold enough"
             )
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
@@ -204,12 +330,18 @@ class VGFConfig(TrainingArguments):
         )
 
     @property
+    def rows_per_prompt(self) -> int:
+        """Fitted completions of one prompt: `best_k`, and the pair of DPO."""
+        assert self.best_k is not None  # set in __post_init__
+        return 2 if self.target == "dpo" else self.best_k
+
+    @property
     def prompts_per_micro_batch(self) -> int:
-        """Prompts whose `best_k` completions make one micro-batch of `per_device_train_batch_size`."""
-        return self.per_device_train_batch_size // self.best_k
+        """Prompts whose fitted completions make one micro-batch of `per_device_train_batch_size`, on one process."""
+        return self.per_device_train_batch_size // self.rows_per_prompt
 
     @property
     def prompts_per_phase(self) -> int:
-        """Prompts of one generation phase, sampled in one call."""
+        """Prompts of one generation phase on one process, sampled in one call."""
         assert self.steps_per_generation is not None  # set in __post_init__
         return self.prompts_per_micro_batch * self.steps_per_generation

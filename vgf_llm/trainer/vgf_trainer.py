@@ -1,25 +1,31 @@
 """VGFTrainer: fit a policy to completions that the flow carried away from the reference.
 
-Every generation phase: draw N particles per prompt from the frozen reference, transport and verify them
-(`VGFSampler`), keep the best k, and maximise their likelihood under the policy,
+Every generation phase: draw N particles per prompt, transport and verify them (`VGFSampler`), make targets of them, and fit the
+policy to those (`vgf_llm.trainer.targets`, docs/trainer.md). With the default target and source,
 
-    loss = - sum_i w_i log pi(y_i | x_i) / sum_i w_i |y_i|,    w = softmax of reward over the k particles of a prompt,
+    loss = - sum_i w_i log pi(y_i | x_i) / sum_i w_i |y_i|,
 
-both sums over all completions of one optimizer step. The particles never depend on the policy, so there is no KL
-term: how far the policy can go is set by the transport budget alone.
+both sums over all completions of one optimizer step, on all processes. Particles that come from the frozen reference never depend
+on the policy, so there is no KL term: how far the policy can go is set by the transport budget alone.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -34,46 +40,65 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from vgf_llm.flow import TransportBudget
-from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
+from vgf_llm import __version__
+from vgf_llm.flow import TransportBudget, diagnostics
+from vgf_llm.text import VGFOutput, VGFSampler, tilt
+from vgf_llm.text.decode import row_keys
+from vgf_llm.text.value import ValueModel
 
+from .checkpoints import RESUMED, SETTINGS_FILE, SaveOnSigterm, last_whole_checkpoint
+from .phases import PhaseOrder, PhaseSampler, PhaseStream
+from .replica import copy_weights, unsharded_loading, whole_copy
+from .rewards import RewardFunc, Rewards, Scores
+from .targets import dpo_loss, likelihood_loss, spread, target_weights, tilt_loss
 from .vgf_config import VGFConfig
 
 
-RewardFunc = str | PreTrainedModel | DifferentiableReward
+T = TypeVar("T")
+
+
+# Particles on which a phase measures the fidelity of its gradient: one gradient and two scores of so many rows.
+FIDELITY_ROWS = 32
 
 
 class VGFTrainer(Trainer):
-    """Trainer of Value Gradient Flow: likelihood of the best transported particles of a frozen reference.
+    """Trainer of Value Gradient Flow: a policy is fitted to what becomes of samples under the gradient of a reward.
 
     The reference is the policy as it is handed over: a frozen copy of it, or with PEFT the same weights with the
     adapters disabled (an adapter that was trained before has to be merged first to be part of it). It stays the same
     when training resumes, as long as the trainer is built from the same model.
 
+    Under DDP, DeepSpeed ZeRO-1/2/3 and FSDP, reference and rewards are whole and frozen on every process, outside the engine
+    (docs/distributed.md).
+
     Args:
         model: causal language model to train: a path or hub id (loaded with `args.model_init_kwargs`, in float32
             unless they say otherwise), a model, or a PEFT model.
-        reward_funcs: what the flow climbs: path or hub id of a sequence-classification model with `num_labels=1`
-            (loaded with `args.reward_model_init_kwargs`), such a model, or a `DifferentiableReward`. A list of the
-            first two is an ensemble, `mean - args.reward_kappa * std`.
+        reward_funcs: a reward, or a list of rewards of any kind that add up with `args.reward_weights`: path or hub id of a
+            sequence-classification model with `num_labels=1` (loaded with `args.reward_model_init_kwargs`), such a model, a
+            `DifferentiableReward`, a list of paths and models (an ensemble, `mean - args.reward_kappa * std`), or a function
+            `f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric)` that returns a number or
+            None per completion, as in TRL, plain or async. Functions, and models with another tokenizer, have no gradient that
+            could be followed: a value model learns them (`vgf_llm.text.value`).
         args: `VGFConfig`. Default: its defaults, in the folder "<model name>-VGF".
-        train_dataset: `datasets.Dataset` with a column "prompt": strings in final form, or lists of chat messages, to
-            which the chat template is applied. Other columns are kept.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: `datasets.Dataset` or `IterableDataset` with a column "prompt": strings in final form, or lists of chat
+            messages, to which the chat template is applied. Other columns go to reward functions.
+        eval_dataset: a `datasets.Dataset`, or a dict of such.
         processing_class: tokenizer of the policy. Default: loaded from the path of the model. A missing padding token
             becomes its end-of-sequence token.
-        reward_processing_classes: tokenizer(s) of `reward_funcs`, to check that their vocabulary is the policy's.
-            Rewards given as paths are always checked.
+        reward_processing_classes: tokenizer(s) of the reward models, one per reward. Default: that of their path; a model given
+            as an object is taken to have the policy's.
         callbacks, optimizers: as in `transformers.Trainer`.
         quantization_config: for loading the policy from a path; train it with `peft_config`.
         peft_config: adapters to wrap the model with.
 
     Raises:
-        TypeError: a reward without a gradient (a plain function), or a dataset that is not a `datasets.Dataset`.
+        TypeError: a reward that is no model and no function, or a dataset that is none.
         ValueError: arguments that contradict each other, a dataset without prompts or smaller than one generation
-            phase, another vocabulary in a reward model, several GPUs in one process, or several processes.
+            phase, or several GPUs in one process.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step, so Trainer must not divide by the number of its
@@ -91,7 +116,7 @@ class VGFTrainer(Trainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: RewardFunc | list[RewardFunc],
         args: VGFConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
@@ -103,22 +128,25 @@ class VGFTrainer(Trainer):
         path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
             args = VGFConfig(f"{path.rstrip('/').split('/')[-1] or type(model).__name__}-VGF")
-        if args.world_size > 1:
-            raise ValueError(
-                f"VGFTrainer runs in one process so far, and {args.world_size} were launched: start it with `python`"
-            )
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with a column 'prompt'")
         _check_dataset(train_dataset, "train_dataset")
         for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
             if dataset is not None:
                 _check_dataset(dataset, f"eval_dataset {name}".strip())
-        if len(train_dataset) < args.prompts_per_phase:
+                if isinstance(dataset, IterableDataset):
+                    raise TypeError(f"eval_dataset {name}".strip() + " must be a datasets.Dataset: evaluation needs its length")
+        if isinstance(train_dataset, IterableDataset):
+            if args.dataloader_num_workers:
+                raise ValueError("dataloader_num_workers must be 0 with an IterableDataset, whose order they would change")
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.dispatch_batches = False  # every process reads the stream and keeps its own part
+        elif len(train_dataset) < args.prompts_per_phase * args.world_size:
             raise ValueError(
                 f"train_dataset has {len(train_dataset)} prompts, but one generation phase takes "
-                f"{args.prompts_per_phase} (per_device_train_batch_size {args.per_device_train_batch_size} / "
-                f"best_k {args.best_k} * steps_per_generation {args.steps_per_generation}): lower the batch size or "
-                "the steps, or add prompts"
+                f"{args.prompts_per_phase * args.world_size} (per_device_train_batch_size {args.per_device_train_batch_size} / "
+                f"{args.rows_per_prompt} rows per prompt * steps_per_generation {args.steps_per_generation} * {args.world_size} "
+                "processes): lower the batch size or the steps, or add prompts"
             )
 
         set_seed(args.seed)  # adapters are initialised at random
@@ -128,10 +156,14 @@ class VGFTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(path)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
-        model = _load_policy(model, args, quantization_config, peft_config)
+        with unsharded_loading():
+            self.rewards = Rewards(reward_funcs, reward_processing_classes, processing_class, args)
+            model = _load_policy(model, args, quantization_config)
+            if self.rewards.black_box:
+                self.rewards.value = _load_value_model(model, processing_class, args)
+        model = _add_adapters(model, peft_config)
         if args.disable_dropout:
             _disable_dropout(model)
-        reward = _load_reward(reward_funcs, reward_processing_classes, processing_class, args)
 
         super().__init__(
             model=model,
@@ -146,20 +178,25 @@ class VGFTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, where Trainer would use nn.DataParallel, which "
-                "VGFTrainer does not support: make one visible, e.g. CUDA_VISIBLE_DEVICES=0"
+                "VGFTrainer does not support: start one process per GPU with `accelerate launch`, or make one visible, e.g. "
+                "CUDA_VISIBLE_DEVICES=0"
             )
+        self.add_callback(SaveOnSigterm(self))
 
-        sampler_kwargs: dict[str, Any] = {
-            "reward_model": reward, "processing_class": processing_class, "temperature": args.temperature,
-            "top_k": args.top_k, "top_p": args.top_p, "horizon": args.flow_horizon,
-            "flow_batch_size": args.flow_batch_size,
-        }  # fmt: skip
         self.is_peft = isinstance(model, PeftModel)
-        # After super().__init__, which moves the model to its device.
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._policy_sampler = self._reference_sampler = VGFSampler(base, **sampler_kwargs)
-        if not self.is_peft:  # copied from memory, since a model need not have a path
-            self._reference_sampler = VGFSampler(copy.deepcopy(base).requires_grad_(False), **sampler_kwargs)
+        self._zero3 = is_deepspeed_zero3_enabled()
+        self._sharded = self._zero3 or self.is_fsdp_enabled
+        if self.is_peft and args.activation_checkpointing:
+            # Inputs of the first block have to carry a gradient where everything below the adapters is frozen (TRL, issue
+            # 3089), and ZeRO-3 needs the reentrant kind (TRL, pull request 4951).
+            model.enable_input_require_grads()
+            if self._zero3:
+                args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}  # type: ignore[dict-item]
+        self.rewards.to(args.device)
+        # After super().__init__, which moves the model to its device, and before an engine wraps it.
+        self._whole: Any = whole_copy(model, args.device) if self._sharded and self.is_peft else None if self._sharded else model
+        reference = self._whole if self.is_peft else whole_copy(model, args.device)
+        self._samplers = {"reference": self._make_sampler(reference)}
 
         self._micro_step = 0  # place in the stream of micro-batches, set before every optimizer step
         self._phase: int | None = None
@@ -169,7 +206,13 @@ class VGFTrainer(Trainer):
             "eval": defaultdict(list),
         }
         self._step_time = 0.0
+        self._eval_batch = 0
         self._printed: deque[tuple[str, str, float]] = deque(maxlen=args.num_completions_to_print)
+
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None  # Trainer has a default for it
+        return Path(self.args.output_dir)
 
     # ---- Data: which prompts, in which order ------------------------------------------------------------------------
 
@@ -177,10 +220,20 @@ class VGFTrainer(Trainer):
         # With remove_unused_columns Trainer would keep what the forward of the model takes.
         self._signature_columns = ["prompt"]  # type: ignore[assignment]
 
+    @property
+    def _order(self) -> PhaseOrder:
+        assert self.args.steps_per_generation is not None
+        return PhaseOrder(
+            self.args.prompts_per_micro_batch, self.args.steps_per_generation, self.args.world_size, self.args.num_iterations
+        )
+
     def get_train_dataloader(self) -> DataLoader:
-        """Every item holds the prompts of a generation phase, and is repeated once per micro-batch made from it."""
+        """Every item holds one process's prompts of a generation phase, and is repeated once per micro-batch made from it."""
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            dataset = PhaseStream(dataset, self._order)
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=dataset,
             description="Training",
             batch_size=self.args.prompts_per_phase,
             sampler_fn=self._get_train_sampler,
@@ -189,15 +242,11 @@ class VGFTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PhaseSampler(
-            len(self.train_dataset if train_dataset is None else train_dataset),
-            prompts_per_phase=self.args.prompts_per_phase,
-            repeats=self.args.prompts_per_phase // self.args.prompts_per_micro_batch,
-            seed=seed if self.args.shuffle_dataset else None,
-        )
+        size = len(self.train_dataset if train_dataset is None else train_dataset)
+        return PhaseSampler(size, self._order, seed if self.args.shuffle_dataset else None)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """`per_device_eval_batch_size / best_k` prompts per batch, in the order of the dataset."""
+        """`per_device_eval_batch_size / rows_per_prompt` prompts per batch, in the order of the dataset."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, str):
             chosen = self.eval_dataset[chosen]
@@ -206,22 +255,70 @@ class VGFTrainer(Trainer):
         return self._get_dataloader(
             dataset=chosen,
             description="Evaluation",
-            batch_size=max(1, self.args.per_device_eval_batch_size // self.args.best_k),
+            batch_size=self._eval_batch_size,
             sampler_fn=self._get_eval_sampler,  # type: ignore[arg-type]
         )
 
-    # ---- Particles: from prompts to micro-batches -------------------------------------------------------------------
+    @property
+    def _eval_batch_size(self) -> int:
+        return max(1, self.args.per_device_eval_batch_size // self.args.rows_per_prompt)
+
+    # ---- Models that sample -----------------------------------------------------------------------------------------
+
+    def _make_sampler(self, model: Any) -> VGFSampler:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        return VGFSampler(
+            base,
+            self.rewards.guide(ready=True),
+            self.processing_class,
+            temperature=self.args.temperature,
+            top_k=self.args.top_k,
+            top_p=self.args.top_p,
+            horizon=self.args.flow_horizon,
+            flow_batch_size=self.args.flow_batch_size,
+        )
+
+    def _sync_policy(self) -> None:
+        """Make the policy ready to be sampled: where its weights are sharded, gather them into a whole copy, once.
+
+        Every process has to call it; sampling itself then needs no other process.
+        """
+        if "policy" not in self._samplers:
+            if self._whole is None:  # sharded, full weights: the first use makes the copy
+                self._whole = copy.deepcopy(self._samplers["reference"].model)
+            self._samplers["policy"] = self._make_sampler(self._whole)
+        if self._sharded:
+            copy_weights(self.model, self._whole, zero3=self._zero3, adapters_only=self.is_peft)
 
     @contextmanager
-    def _sampler(self, *, reference: bool) -> Iterator[VGFSampler]:
-        """The sampler of the frozen reference or of the policy, in eval mode for as long as it is in use."""
+    def _sampler(self, source: str) -> Iterator[VGFSampler]:
+        """The sampler of the frozen "reference" or of the "policy", in eval mode for as long as it is in use."""
         training = self.model.training
         self.model.eval()
         try:
-            with self.model.disable_adapter() if reference and self.is_peft else nullcontext():
-                yield self._reference_sampler if reference else self._policy_sampler
+            with self._whole.disable_adapter() if source == "reference" and self.is_peft else nullcontext():
+                yield self._samplers[source]
         finally:
             self.model.train(training)
+
+    def _everywhere(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of work that needs no other process. An error of one process is raised by all of them."""
+        result, error = None, None
+        try:
+            result = work(*args)
+        except Exception as raised:  # noqa: BLE001  # raised below, by every process
+            error = raised
+        messages = [None if error is None else f"process {self.args.process_index}: {type(error).__name__}: {error}"]
+        if self.args.world_size > 1:
+            messages = gather_object(messages)
+        failed = [message for message in messages if message is not None]
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("; ".join(failed))
+        return result  # type: ignore[return-value]
+
+    # ---- Particles: from prompts to micro-batches -------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Called once per optimizer step. The place follows from the global step, so it survives a resume."""
@@ -230,69 +327,184 @@ class VGFTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         """The next micro-batch. At the start of a phase, or resuming in one, its particles are drawn first."""
-        phase, part = divmod(self._micro_step, len(inputs) // self.args.prompts_per_micro_batch)
-        if part == 0 or phase != self._phase:
-            self._buffer = self._make_micro_batches(inputs, phase * len(inputs))
+        order = self._order
+        phase, part = divmod(self._micro_step, order.repeats)
+        if phase != self._phase:
+            self._buffer = self._make_micro_batches(inputs, phase)
             self._phase = phase
         self._micro_step += 1
-        return self._buffer[part]
+        return self._buffer[part % order.steps]
 
-    def _make_micro_batches(self, rows: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
-        """Particles of one phase, split into micro-batches. `place`: of the first prompt in the stream."""
-        # A seed per prompt, by its place in the stream: neither the size of a phase nor of a batch changes a
-        # particle, and a prompt that comes again, in this phase or in another epoch, gets new ones.
+    def _make_micro_batches(self, rows: list[dict[str, Any]], phase: int) -> list[dict[str, Any]]:
+        """Particles of one phase, split into micro-batches."""
+        # A seed per prompt, by its place in the stream: neither the size of a phase nor of a batch nor the number of
+        # processes changes a particle, and a prompt that comes again, in this phase or in another epoch, gets new ones.
+        places = self._order.places(phase, self.args.process_index)[: len(rows)]
+        if self.args.particle_source == "policy":
+            self._sync_policy()
+        batches, drawn = self._everywhere(self._draw, rows, places, self.args.particle_source)
+        if self.args.particle_source == "policy":
+            ratios = gather_object([float(r) for r in drawn.log_ratio]) if self.args.world_size > 1 else drawn.log_ratio.tolist()
+            kl = math.fsum(ratios) / len(ratios)
+            self._metrics["train"]["kl"] += [kl] * len(rows)
+            if kl > self.args.policy_kl_cap:
+                batches, _ = self._everywhere(self._draw, rows, places, "pull back")
+            self._metrics["train"]["pulled_back"] += [float(kl > self.args.policy_kl_cap)] * len(rows)
+        if self.rewards.value is not None and (self.args.flow_steps or self.args.target == "tilt"):
+            self._fit_value(drawn.samples)
+        # A phase feeds whole optimizer steps, so that the items of each are known before its first backward. Gradients are
+        # averaged over processes, so that each divides by the mean over processes and not by the sum.
+        per_step = self.args.gradient_accumulation_steps
+        counts = torch.stack([torch.stack([b["num_items"], b["num_tokens"]]) for b in batches]).double()
+        counts = self.accelerator.reduce(counts.to(self.args.device), reduction="sum")
+        items = counts[:, 0].view(-1, per_step).sum(1) / self.args.world_size
+        for index, batch in enumerate(batches):
+            batch["num_items"] = items[index // per_step].clamp_min(1e-6).float()
+            batch["num_tokens"] = int(counts[index, 1])
+        return batches
+
+    def _draw(self, rows: list[dict[str, Any]], places: list[int], source: str) -> tuple[list[dict[str, Any]], Drawn]:
+        """Particles of this process's prompts of a phase, and micro-batches of targets made from them. No collective."""
+        started = time.perf_counter()
         prompts = [row["prompt"] for row in rows]
-        seeds = [self._seed(place + index) for index in range(len(rows))]
-        with self._sampler(reference=True) as sampler:
+        seeds = [self._seed(place) for place in places]
+        n, budget = self.args.num_generations, self.args.budget
+        ready = self._value_ready()
+        if source == "pull back":  # plain samples of the reference; no reward is asked for
+            n, budget, source, pull = self.args.rows_per_prompt, TransportBudget(steps=0), "reference", True
+        else:
+            pull = False
+        if not ready and not self.rewards.differentiable:
+            budget = TransportBudget(steps=0)
+        metrics = self._metrics["train"]
+        with self._sampler(source) as sampler:
+            sampler.reward = self.rewards.guide(ready)
+            score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
             output = sampler.sample(
-                prompts, self.args.num_generations, self.args.budget, self.args.max_completion_length, seed=seeds
+                prompts, n, budget, self.args.max_completion_length, seed=seeds, scorer=_no_reward if pull else score
             )
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
-        size = self.args.prompts_per_micro_batch
-        batches = [self._collate(prompt_ids, output, slice(start, start + size)) for start in range(0, len(rows), size)]
-        # A phase feeds whole optimizer steps, so that the tokens of each are known before its first backward.
-        per_step = self.args.gradient_accumulation_steps
-        for start in range(0, len(batches), per_step):
-            step = batches[start : start + per_step]
-            tokens = torch.stack([batch["num_items"] for batch in step]).sum()
-            for batch in step:
-                batch["num_items"] = tokens
-        return batches
+            sampled = time.perf_counter()
+            if not pull and not budget.is_zero:
+                self._measure_fidelity(sampler, prompt_ids, output, places[0])
+            size = self.args.prompts_per_micro_batch
+            parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+            batches = [self._collate(sampler, prompt_ids, output, part, scores, pull, ready) for part in parts]
+            ratio = self._source_ratio(source, prompt_ids, output) if self.args.particle_source == "policy" and not pull else None
+        seconds = {
+            "particles": sampled - started - scores.seconds,
+            "score": scores.seconds,
+            "targets": time.perf_counter() - sampled,
+        }
+        for name, spent in seconds.items():
+            metrics[f"seconds/{name}"].append(spent)
+        for name, logged in scores.metrics.items():
+            metrics[name] += logged
+        if self.args.log_completions and not pull:
+            self._write_completions(rows, places, output, scores)
+        drawn = Drawn(ratio if ratio is not None else torch.zeros(0), self._value_samples(prompt_ids, places, scores))
+        return batches, drawn
 
     def _seed(self, place: int) -> int:
         return self.args.seed * 2**40 + place
 
-    def _collate(self, prompt_ids: list[list[int]], output: VGFOutput, part: slice) -> dict[str, Any]:
-        """The fitted completions of some prompts of a sampler's output, R = prompts * best_k rows.
+    def _collate(
+        self,
+        sampler: VGFSampler,
+        prompt_ids: list[list[int]],
+        output: VGFOutput,
+        part: slice,
+        scores: Scores,
+        pull: bool,
+        ready: bool,
+    ) -> dict[str, Any]:
+        """Targets from some prompts of a sampler's output, R = prompts * rows_per_prompt rows.
 
-        Returns prompt_ids, prompt_mask [R, P] padded on the left; completion_ids, completion_mask [R, T] padded on
-        the right; weights, base_logprobs [R]; num_items, the weighted number of tokens; metrics, one value per prompt.
+        Returns kind; prompt_ids, prompt_mask [R, P] padded on the left; completion_ids, completion_mask [R, T] padded on
+        the right; weights, base_logprobs [R], the log-probability under the reference; num_items, what the loss is divided by
+        before sums over micro-batches and processes are taken; num_tokens; metrics, one value per prompt; with dense targets
+        target_ids, target_log_q, target_kl.
         """
-        transported = output.transported
-        rewards = transported.rewards[part]
-        chosen, weights = target_weights(rewards, self.args.best_k, self.args.target_temperature)
-        rows = [(b, n) for b, row in zip(range(*part.indices(len(prompt_ids))), chosen.tolist(), strict=True) for n in row]
-        completions = [transported.completion_ids[b][n] for b, n in rows]
-        batch = self._pad([prompt_ids[b] for b, _ in rows], completions)
-        lengths = batch["completion_mask"].sum(1)
+        before, after = output.initial, output.transported
+        rewards = after.rewards[part]
+        # Back to the reference by its whole distribution at every token, which has no noise of its own where they agree.
+        kind = "tilt" if pull else "likelihood" if self.args.target in ("sft", "weighted") else self.args.target
+        prompts = range(*part.indices(len(prompt_ids)))
+        k = self.args.rows_per_prompt
+        if pull:
+            chosen, weights = target_weights(torch.zeros_like(rewards), k, None)
+        elif kind == "dpo":
+            best, worst = rewards.argmax(1), before.rewards[part].argmin(1)
+            chosen, weights = (
+                torch.stack([best, worst], 1),
+                torch.tensor([[1.0, 0.0]], device=rewards.device).expand(len(best), 2),
+            )
+        else:
+            assert self.args.best_k is not None
+            tau = self.args.target_temperature if self.args.target == "weighted" else None
+            chosen, weights = target_weights(rewards, self.args.best_k, tau)
+        pools = [after, before] if kind == "dpo" else [after] * k
+        completions = [
+            pool.completion_ids[b][n]
+            for b, row in zip(prompts, chosen.tolist(), strict=True)
+            for pool, n in zip(pools, row, strict=True)
+        ]
+        owners = [b for b in prompts for _ in range(k)]
+        batch = self._pad([prompt_ids[b] for b in owners], completions)
+        lengths, weights = batch["completion_mask"].sum(1), weights.to(self.args.device)
+        whole = ~self._cut(completions).to(self.args.device)
+        if self.args.mask_truncated_completions:
+            keep = whole.view(-1, k)
+            weights = weights * (keep.all(1, keepdim=True) if kind == "dpo" else keep)
+        batch["kind"] = kind
         batch["weights"] = weights.flatten()
-        batch["base_logprobs"] = transported.logprobs[part].gather(1, chosen).flatten()
-        batch["num_items"] = (batch["weights"] * lengths).sum()
-        batch["metrics"] = flow_metrics(output, part) | {
-            "reward": (weights * rewards.gather(1, chosen)).sum(1),
-            "reward_std": rewards.std(1, correction=0),
-            "completions/mean_length": lengths.view(chosen.shape).float().mean(1),
-            "completions/clipped_ratio": self._clipped(completions, chosen.shape),
+        batch["num_items"] = weights.sum() if kind == "dpo" else (batch["weights"] * lengths).sum()
+        batch["num_tokens"] = (batch["prompt_mask"].sum() + batch["completion_mask"].sum()).to(weights)
+        with self._sampler("reference") as reference:
+            batch["base_logprobs"] = self._whole_logprobs(reference, batch)
+        if kind == "tilt":
+            alpha = self.args.target_temperature * spread(rewards).repeat_interleave(k)
+            if pull or not (ready or self.rewards.differentiable):  # nothing to follow: the target is the base distribution
+                alpha = torch.full_like(alpha, torch.inf)
+            batch |= self._token_targets(sampler, batch, alpha)
+        picked = torch.stack([pool.rewards[part].gather(1, chosen[:, i : i + 1])[:, 0] for i, pool in enumerate(pools)], 1).to(
+            self.args.device
+        )
+        share = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
+        if not pull:
+            batch["metrics"] = (
+                flow_metrics(output, part, self.args.flow_step_size)
+                | {
+                    "reward": (share * picked).sum(1),
+                    "reward_std": rewards.std(1, correction=0),
+                    "frac_reward_zero_std": (rewards.std(1, correction=0) == 0).float(),
+                }
+                | self._term_metrics(output, part, scores)
+            )
+        else:
+            batch["metrics"] = {}
+        fitted = lengths.view(-1, k).float()
+        batch["metrics"] |= {
+            "completions/mean_length": fitted.mean(1),
+            "completions/min_length": fitted.min(1).values,
+            "completions/max_length": fitted.max(1).values,
+            "completions/clipped_ratio": 1 - whole.view(-1, k).float().mean(1),
         }
-        if self.args.log_completions:
+        if kind == "tilt" and not pull:
+            batch["metrics"]["target/kl"] = (batch["target_kl"].sum(1).view(-1, k) * share).sum(1)
+        if self.args.log_completions and self.is_world_process_zero():
             batch["samples"] = [
-                (self.processing_class.decode(prompt_ids[b]), transported.completions[b][n], rewards_row)
-                for (b, n), rewards_row in zip(rows, rewards.gather(1, chosen).flatten().tolist(), strict=True)
+                (
+                    self.processing_class.decode(prompt_ids[b]),
+                    self.processing_class.decode(completion, skip_special_tokens=True),
+                    reward,
+                )
+                for b, completion, reward in zip(owners, completions, picked.flatten().tolist(), strict=True)
             ]
         return batch
 
     def _pad(self, prompts: list[list[int]], completions: list[list[int]]) -> dict[str, Any]:
-        pad, device = self.processing_class.pad_token_id, self.model.device
+        pad, device = self.processing_class.pad_token_id, self.args.device
         P, T = max(map(len, prompts)), max(map(len, completions))
         return {
             "prompt_ids": torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=device),
@@ -301,16 +513,144 @@ class VGFTrainer(Trainer):
             "completion_mask": torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device),
         }
 
-    def _clipped(self, completions: list[list[int]], shape: torch.Size) -> Tensor:
-        """Share [B] of completions that were cut at `max_completion_length`."""
-        ends = set(self._policy_sampler.eos_ids.tolist())
-        cut = [float(completion[-1] not in ends) for completion in completions]
-        return torch.tensor(cut).view(shape).mean(1)
+    def _cut(self, completions: list[list[int]]) -> Tensor:
+        """Which completions [R] were cut at `max_completion_length`."""
+        ends = set(self._samplers["reference"].eos_ids.tolist())
+        return torch.tensor([completion[-1] not in ends for completion in completions])
+
+    @torch.no_grad()
+    def _whole_logprobs(self, sampler: VGFSampler, batch: dict[str, Any]) -> Tensor:
+        """log p(y | x) [R] under a sampler's model, without top-k and top-p, in portions of `flow_batch_size` rows."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        size, total = self.args.flow_batch_size, len(batch["prompt_ids"])
+        portions = [{name: batch[name][i : i + size] for name in names} for i in range(0, total, size)]
+        with self.accelerator.autocast():  # in the precision of the policy's own forward, to which it is compared
+            return torch.cat([self._logprobs(self._log_pi(sampler.model, portion), portion) for portion in portions])
+
+    def _token_targets(self, sampler: VGFSampler, batch: dict[str, Any], alpha: Tensor) -> dict[str, Tensor]:
+        """Dense targets at the completions of a batch, in portions of `flow_batch_size` rows; alpha [R]."""
+        prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"].bool()
+        ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+        size = self.args.flow_batch_size
+        pieces = [
+            tilt.token_targets(
+                sampler,
+                prompt_ids[i : i + size],
+                prompt_mask[i : i + size],
+                ids[i : i + size],
+                mask[i : i + size],
+                alpha[i : i + size].to(self.args.device),
+                self.args.tilt_kl_cap,
+            )
+            for i in range(0, len(alpha), size)
+        ]
+        return {
+            "target_ids": torch.cat([piece.ids for piece in pieces]),
+            "target_log_q": torch.cat([piece.log_q for piece in pieces]),
+            "target_kl": torch.cat([piece.kl for piece in pieces]),
+        }
+
+    def _source_ratio(self, source: str, prompt_ids: list[list[int]], output: VGFOutput) -> Tensor:
+        """`log pi - log mu` of every initial particle, summing to an unbiased estimate of KL(policy || reference)."""
+        completions = [c for row in output.initial.completion_ids for c in row]
+        owners = [ids for ids, row in zip(prompt_ids, output.initial.completion_ids, strict=True) for _ in row]
+        batch = self._pad(owners, completions)
+        with self._sampler(source) as policy:
+            own = self._whole_logprobs(policy, batch)
+        with self._sampler("reference") as reference:
+            return own - self._whole_logprobs(reference, batch)
+
+    @torch.no_grad()
+    def _measure_fidelity(self, sampler: VGFSampler, prompt_ids: list[list[int]], output: VGFOutput, place: int) -> None:
+        """Does the gradient foretell what a substitution does? Measured on one of each of the first particles."""
+        rows = [(ids, c) for ids, row in zip(prompt_ids, output.initial.completion_ids, strict=True) for c in row][
+            : min(FIDELITY_ROWS, self.args.flow_batch_size)
+        ]
+        if len(rows) < 2:
+            return
+        batch = self._pad([ids for ids, _ in rows], [c for _, c in rows])
+        keys = row_keys(self._seed(place), [rows[0][0]], len(rows)).to(self.args.device)
+        predicted, actual = tilt.substitution_fidelity(
+            sampler,
+            batch["prompt_ids"],
+            batch["prompt_mask"].bool(),
+            batch["completion_ids"],
+            batch["completion_mask"].bool(),
+            keys,
+        )
+        rank = diagnostics.fidelity(predicted, actual)
+        if not math.isnan(rank):
+            self._metrics["train"]["flow/fidelity"].append(rank)
+
+    def _term_metrics(self, output: VGFOutput, part: slice, scores: Scores) -> dict[str, Tensor]:
+        """Mean and spread of every reward over the transported particles, one value per prompt."""
+        metrics = {}
+        prompts = range(len(output.completions))[part]
+        ids = output.transported.completion_ids
+        for index, term in enumerate(self.rewards.terms):
+            values = torch.tensor([[scores.terms[b, tuple(c)][index] for c in ids[b]] for b in prompts])
+            mean = values.nanmean(1)
+            metrics[f"rewards/{term.name}/mean"] = mean
+            metrics[f"rewards/{term.name}/std"] = (values - mean[:, None]).square().nanmean(1).sqrt()
+        return metrics
+
+    def _write_completions(self, rows: list[dict[str, Any]], places: list[int], output: VGFOutput, scores: Scores) -> None:
+        """One line per prompt: all particles before and after transport. Lines of steps that a resume repeats come again."""
+        path = self._folder / f"completions-{self.args.process_index:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+                record: dict[str, Any] = {"step": self.state.global_step, "place": place, "prompt": row["prompt"]}
+                for name, particles in (("before", output.initial), ("after", output.transported)):
+                    keys = [(b, tuple(c)) for c in particles.completion_ids[b]]
+                    record[name] = {
+                        "completions": particles.completions[b],
+                        "reward": particles.rewards[b].tolist(),
+                        "rewards": {
+                            term.name: [scores.terms[key][i] for key in keys] for i, term in enumerate(self.rewards.terms)
+                        },
+                    }
+                    extra = [scores.extra.get(key) for key in keys]
+                    if any(extra):
+                        record[name]["extra"] = extra
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+    # ---- Value model ------------------------------------------------------------------------------------------------
+
+    def _value_ready(self) -> bool:
+        return self.rewards.value is None or self.rewards.value.seen >= self.args.value_warmup_samples
+
+    def _value_samples(self, prompt_ids: list[list[int]], places: list[int], scores: Scores) -> list[Any]:
+        """(place, prompt, completion, reward without gradient) of all that was scored in this phase."""
+        if self.rewards.value is None:
+            return []
+        return [
+            (places[index], prompt_ids[index], list(ids), self.rewards.black_box_value(values))
+            for (index, ids), values in scores.terms.items()
+        ]
+
+    def _fit_value(self, samples: list[Any]) -> None:
+        """Every process adds the samples of all and makes the same updates, so that replicas stay equal."""
+        value = self.rewards.value
+        assert value is not None
+        started = time.perf_counter()
+        if self.args.world_size > 1:
+            samples = gather_object(samples)
+        samples = sorted(samples)  # by place: the order does not depend on the number of processes
+        if not samples:
+            raise RuntimeError("the value model has no samples: no reward function scored a completion in this phase")
+        _, prompts, completions, rewards = zip(*samples, strict=True)
+        metrics = self._metrics["train"]
+        value.add(prompts, completions, rewards)
+        updates = max(1, round(self.args.value_update_ratio * len(samples) / self.args.value_batch_size))
+        metrics["value/loss"].append(value.fit(updates))
+        metrics["value/samples"].append(float(len(value.replay)))
+        metrics["seconds/value"].append(time.perf_counter() - started)
 
     # ---- Loss -------------------------------------------------------------------------------------------------------
 
-    def _logprobs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """log pi(y | x) [R] in nats at `temperature`, with gradient."""
+    def _log_pi(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities [R, T, V] of every next token of the completions, at `temperature`, with gradient."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         T = batch["completion_ids"].shape[1]
@@ -321,10 +661,22 @@ class VGFTrainer(Trainer):
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
             use_cache=False,
             logits_to_keep=T + 1,  # the logits of the prompt are never needed
-        ).logits[:, :-1]
-        logits = logits.float() / self.args.temperature
-        said = logits.gather(-1, batch["completion_ids"][..., None])[..., 0]
-        return ((said - logits.logsumexp(-1)) * batch["completion_mask"]).sum(1)
+        ).logits[:, :-1, : len(self.processing_class)]
+        return (logits.float() / self.args.temperature).log_softmax(-1)
+
+    def _logprobs(self, log_pi: Tensor, batch: dict[str, Any]) -> Tensor:
+        """log pi(y | x) [R] in nats."""
+        said = log_pi.gather(-1, batch["completion_ids"][..., None])[..., 0]
+        return (said * batch["completion_mask"]).sum(1)
+
+    def _losses(self, log_pi: Tensor, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Loss [R] of every row, or [R / 2] of every pair, before it is divided by the items of the optimizer step."""
+        if batch["kind"] == "tilt":
+            targets = tilt.TokenTargets(batch["target_ids"], batch["target_log_q"], batch["target_kl"])
+            return tilt_loss(log_pi, targets, batch["completion_mask"], batch["weights"])
+        if batch["kind"] == "dpo":
+            return dpo_loss(logprobs - batch["base_logprobs"], batch["weights"].view(-1, 2)[:, 0], self.args.dpo_beta)
+        return likelihood_loss(logprobs, batch["weights"])
 
     def compute_loss(
         self,
@@ -333,23 +685,30 @@ class VGFTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the loss of its optimizer step (see the module), in nats per token.
+        """This micro-batch's share of the loss of its optimizer step (see the module), in nats per token, or per pair with DPO.
 
         `num_items_in_batch` is not used: Trainer counts labels in the raw batch, which holds prompts only.
         """
         if return_outputs:
             raise ValueError("VGFTrainer does not return outputs: its inputs are particles and not those of the caller")
-        logprobs = self._logprobs(model, inputs)
-        loss = -(inputs["weights"] * logprobs).sum() / inputs["num_items"]
-        ratio = (inputs["weights"] * (logprobs.detach() - inputs["base_logprobs"])).view(-1, self.args.best_k).sum(1)
-        mode = "train" if self.model.training else "eval"
-        for name, values in (inputs["metrics"] | {"fit/log_ratio": ratio}).items():
-            self._metrics[mode][name].extend(values.tolist())
-        if mode == "train":
-            self.state.num_input_tokens_seen += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
-            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-            self._printed.extend(inputs.get("samples", ()))
+        log_pi = self._log_pi(model, inputs)
+        logprobs = self._logprobs(log_pi, inputs)
+        loss = self._losses(log_pi, logprobs, inputs).sum() / inputs["num_items"]
+        metrics = self._metrics["train"]
+        for name, values in (inputs["metrics"] | self._fit_metrics(logprobs, inputs)).items():
+            metrics[name].extend(values.tolist())
+        self.state.num_input_tokens_seen += inputs["num_tokens"]
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        self._printed.extend(inputs.get("samples", ()))
         return loss
+
+    def _fit_metrics(self, logprobs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        k = self.args.rows_per_prompt
+        ratio, weights = (logprobs.detach() - batch["base_logprobs"]).view(-1, k), batch["weights"].view(-1, k)
+        metrics = {"fit/log_ratio": (ratio * weights).sum(1) / weights.sum(1).clamp_min(1e-9)}
+        if batch["kind"] == "dpo":
+            metrics["fit/accuracy"] = (ratio[:, 0] > ratio[:, 1]).float()
+        return metrics
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
@@ -370,44 +729,89 @@ class VGFTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss on transported particles; reward, length and KL of one plain sample of the policy per prompt."""
-        prompts = [row["prompt"] for row in inputs]
+        metrics = self._everywhere(self._evaluate_prompts, inputs)
+        # A process whose share does not fill the last batches gets the first prompts once more: they count once.
+        first = (self._eval_batch * self.args.world_size + self.args.process_index) * self._eval_batch_size
+        fresh = max(0, min(len(inputs), self._eval_size - first))
+        self._eval_batch += 1
+        for name, values in metrics.items():
+            self._metrics["eval"][name].extend(values[:fresh].tolist())
+        return metrics["loss"].mean(), None, None
+
+    @torch.no_grad()
+    def _evaluate_prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One value per prompt of every metric. Runs on whole models, without collectives."""
+        prompts = [row["prompt"] for row in rows]
         seed = self._seed(-1)  # the same noise in every evaluation, and none that training uses
         length = self.args.max_completion_length
-        with self._sampler(reference=True) as sampler:
-            particles = sampler.sample(prompts, self.args.num_generations, self.args.budget, length, seed=seed)
+        ready = self._value_ready()
+        budget = self.args.budget if ready or self.rewards.differentiable else TransportBudget(steps=0)
+        assert self.args.num_generations_eval is not None
+        with self._sampler("reference") as sampler:
+            sampler.reward = self.rewards.guide(ready)
+            score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
+            particles = sampler.sample(prompts, self.args.num_generations_eval, budget, length, seed=seed, scorer=score)
             prompt_ids = sampler.encode(prompts, length)
-        with self._sampler(reference=False) as sampler:
-            own = sampler.sample(prompts, 1, TransportBudget(steps=0), length, seed=seed)
-        batch = self._pad(prompt_ids, own.completion_ids)
-        fitted = self._collate(prompt_ids, particles, slice(0, len(prompts)))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            with self._sampler(reference=True) as sampler:
-                kl = -self._logprobs(sampler.model, batch)
-            with self._sampler(reference=False) as sampler:
-                kl += self._logprobs(sampler.model, batch)
-            fitted["metrics"] |= {
+            fitted = self._collate(sampler, prompt_ids, particles, slice(0, len(prompts)), scores, False, ready)
+        with self._sampler("policy") as sampler:
+            own = sampler.sample(prompts, 1, TransportBudget(steps=0), length, seed=seed, scorer=score)
+        completions = [row[0] for row in own.initial.completion_ids]
+        batch = self._pad(prompt_ids, completions)
+        with self._sampler("reference") as sampler:
+            kl = -self._whole_logprobs(sampler, batch)
+        with self._sampler("policy") as sampler, self.compute_loss_context_manager():
+            kl += self._whole_logprobs(sampler, batch)
+            log_pi = self._log_pi(sampler.model, fitted)
+            logprobs = self._logprobs(log_pi, fitted)
+            k = self.args.rows_per_prompt
+            losses = self._losses(log_pi, logprobs, fitted).view(len(rows), -1).sum(1)
+            items = fitted["weights"].view(-1, k)
+            if fitted["kind"] != "dpo":
+                items = items * fitted["completion_mask"].sum(1).view(-1, k)
+        lengths = batch["completion_mask"].sum(1).float()
+        return (
+            fitted["metrics"]
+            | self._fit_metrics(logprobs, fitted)
+            | {
+                "loss": losses / items.sum(1).clamp_min(1e-6),
                 "reward": own.rewards,
                 "kl": kl,
-                "completions/mean_length": batch["completion_mask"].sum(1).float(),
-                "completions/clipped_ratio": self._clipped(own.completion_ids, own.initial.rewards.shape),
+                "completions/mean_length": lengths,
+                "completions/min_length": lengths,
+                "completions/max_length": lengths,
+                "completions/clipped_ratio": self._cut(completions).float(),
             }
-            loss = self.compute_loss(model, fitted)
-        return loss, None, None
+        )
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Adds the mean over prompts of each metric, under the prefix of the evaluation."""
         self._metrics["eval"].clear()
-        output = super().evaluation_loop(*args, **kwargs)
+        self._eval_batch, self._eval_size = 0, len(dataloader.dataset)  # type: ignore[arg-type]
+        self._sync_policy()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         assert output.metrics is not None
-        output.metrics.update({f"{prefix}_{name}": _mean(v) for name, v in self._metrics["eval"].items()})
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._means("eval").items()})
         return output
+
+    def _means(self, mode: str) -> dict[str, float]:
+        """Means over the prompts of all processes since the last call; of lengths named so the lowest and the highest."""
+        gathered = [dict(self._metrics[mode])]
+        if self.args.world_size > 1:
+            gathered = gather_object(gathered)
+        self._metrics[mode].clear()
+        means = {}
+        for name in sorted({name for metrics in gathered for name in metrics}):
+            values = [v for metrics in gathered for v in metrics.get(name, ()) if not math.isnan(v)]
+            if values:
+                pick = min if name.endswith("/min_length") else max if name.endswith("/max_length") else None
+                means[name] = pick(values) if pick else math.fsum(values) / len(values)
+        return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over prompts since the last log of training."""
         if self.model.training:
-            logs.update({name: _mean(values) for name, values in self._metrics["train"].items()})
-            self._metrics["train"].clear()
+            logs.update(self._means("train"))
             if self._printed:
                 table = Table("prompt", "completion", "reward", title=f"step {self.state.global_step}", show_lines=True)
                 for prompt, completion, reward in self._printed:
@@ -416,60 +820,127 @@ class VGFTrainer(Trainer):
                 self._printed.clear()
         super().log(logs, start_time)
 
+    # ---- Checkpoints ------------------------------------------------------------------------------------------------
 
-class PhaseSampler(Sampler[int]):
-    """Indices of prompts, phase by phase: the `prompts_per_phase` indices of a phase come `repeats` times in a row.
+    def train(  # type: ignore[override]  # the others by name
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As in `transformers.Trainer`; "auto" resumes from the last whole checkpoint in `output_dir`, if there is one.
 
-    Every epoch has its own order, which depends on the seed and the epoch alone, so that a run can resume in any of
-    them. The last prompts of an epoch that do not fill a phase are left out.
+        Raises:
+            ValueError: the checkpoint was made with other settings, which the message names.
+        """
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
+            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"  # as a command line says it
+        if resume_from_checkpoint == "auto":
+            resume_from_checkpoint = last_whole_checkpoint(self._folder)
+        return super().train(resume_from_checkpoint, **kwargs)
 
-    Args:
-        size: number of prompts in the dataset.
-        prompts_per_phase: prompts of one generation phase.
-        repeats: micro-batches made from it.
-        seed: of the order; None keeps the order of the dataset.
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in RESUMED} | {"rewards": [term.name for term in self.rewards.terms]}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Beside what Trainer saves: settings, the particles of an unfinished phase, the value model."""
+        # Trainer writes trainer_state.json last, so that a folder with it and with the files below is whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        done = (self.state.global_step * self.args.gradient_accumulation_steps) % self._order.repeats == 0
+        state = {"phase": self._phase, "buffer": [] if done else self._buffer}
+        torch.save(state, folder / f"vgf_state_{self.args.process_index}.pt")
+        if self.is_world_process_zero():
+            if self.rewards.value is not None:
+                torch.save(self.rewards.value.state(), folder / "vgf_value.pt")
+            (folder / SETTINGS_FILE).write_text(json.dumps(self._settings()), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / SETTINGS_FILE).exists():
+            raise ValueError(f"{checkpoint} was not made by VGFTrainer: it has no {SETTINGS_FILE}")
+        saved, ours = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")), self._settings()
+        differ = [
+            f"{name} ({saved.get(name)!r} there, {value!r} here)" for name, value in ours.items() if saved.get(name) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed from, since it was made with other settings: {', '.join(differ)}. Use those of "
+                "the checkpoint, or start a new run from its weights"
+            )
+        state = torch.load(folder / f"vgf_state_{self.args.process_index}.pt", map_location="cpu", weights_only=True)
+        device = self.args.device
+        self._buffer = [
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            for batch in state["buffer"]
+        ]
+        self._phase = state["phase"] if self._buffer else None
+        if self.rewards.value is not None:
+            self.rewards.value.load_state(torch.load(folder / "vgf_value.pt", map_location="cpu", weights_only=True))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(Path(output_dir) if output_dir else self._folder, self.args.hub_model_id)
+
+    def create_model_card(  # type: ignore[override]  # ours has no use for them
+        self, model_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """A model card with the budget, the rewards and what was measured, in `output_dir`; called by `push_to_hub`."""
+        if self.is_world_process_zero():
+            self._write_card(self._folder, model_name)
+
+    def _write_card(self, folder: Path, name: str | None) -> None:
+        base = self._samplers["reference"].model.config._name_or_path
+        history = self.state.log_history
+
+        def line(metric: str, what: str) -> list[str]:
+            values = [entry[metric] for entry in history if metric in entry]
+            return [f"| {what} | {values[0]:.3f} | {values[-1]:.3f} |"] if values else []
+
+        measured = [
+            *line("eval_reward", "reward of the policy on the evaluation prompts"),
+            *line("eval_kl", "KL(policy \\|\\| reference), nats per completion"),
+            *line("flow/reward_initial", "reward of particles before transport"),
+            *line("flow/reward_final", "reward of particles after transport"),
+            *line("reward", "reward of the fitted completions"),
+        ]
+        text = [
+            f"# {name or self._folder.name}", "",
+            f"Trained from {base or 'a model without a path'} with Value Gradient Flow "
+            "([arXiv 2604.14265](https://arxiv.org/abs/2604.14265)), vgf_llm " + __version__ + ".", "",
+            f"- rewards: {', '.join(f'{term.weight:g} x {term.name}' for term in self.rewards.terms)}",
+            f"- target: {self.args.target}, particles of the {self.args.particle_source}, {self.args.num_generations} per prompt",
+            f"- transport budget: {self.args.budget}",
+            f"- optimizer steps: {self.state.global_step}", "",
+        ]  # fmt: skip
+        if measured:
+            text += ["| measured | first | last |", "|---|---|---|", *measured, ""]
+        data = ModelCardData(
+            base_model=base if base and not Path(base).exists() else None,
+            library_name="peft" if self.is_peft else "transformers",
+            tags=["vgf_llm", "value-gradient-flow", "reinforcement-learning"],
+        )
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
+        card.save(folder / "README.md")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a phase's sampling tells beside its micro-batches.
+
+    Attributes:
+        log_ratio: [B * N] `log pi - log mu` of the initial particles, empty unless they came from the policy.
+        samples: what the value model is fitted to.
     """
 
-    def __init__(self, size: int, *, prompts_per_phase: int, repeats: int, seed: int | None) -> None:
-        self.size, self.prompts_per_phase, self.repeats, self.seed = size, prompts_per_phase, repeats, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.size))
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed * 2**20 + self.epoch)
-            order = torch.randperm(self.size, generator=generator).tolist()
-        for start in range(0, self.size - self.prompts_per_phase + 1, self.prompts_per_phase):
-            for _ in range(self.repeats):
-                yield from order[start : start + self.prompts_per_phase]
-
-    def __len__(self) -> int:
-        return self.size // self.prompts_per_phase * self.prompts_per_phase * self.repeats
+    log_ratio: Tensor
+    samples: list[Any]
 
 
-def target_weights(rewards: Tensor, best_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Particles to fit the policy to, and how much: `w_i = softmax_i(R_i / (temperature * s))`, best k.
-
-    Args:
-        rewards: [B, N].
-        best_k: k <= N.
-        temperature: in units of s, the standard deviation of R over the N particles of the prompt. Rewards that are
-            all equal get equal weights.
-
-    Returns:
-        Indices [B, k], best first and of equal ones the lower index first, and weights [B, k], which sum to 1 over k.
-    """
-    ordered, order = rewards.sort(dim=1, descending=True, stable=True)
-    scale = rewards.std(1, correction=0, keepdim=True).clamp_min(torch.finfo(rewards.dtype).tiny)
-    # The best is subtracted first: 0 / tiny is 0, where reward / tiny would overflow.
-    weights = ((ordered - ordered[:, :1])[:, :best_k] / (temperature * scale)).softmax(1)
-    return order[:, :best_k], weights
-
-
-def flow_metrics(output: VGFOutput, part: slice) -> dict[str, Tensor]:
+def flow_metrics(output: VGFOutput, part: slice, step_size: float) -> dict[str, Tensor]:
     """One value per prompt [B] of what the flow did to the particles of some prompts (docs/trainer.md)."""
     before, after = output.initial, output.transported
     changed = [
@@ -492,53 +963,55 @@ def flow_metrics(output: VGFOutput, part: slice) -> dict[str, Tensor]:
         moved = torch.stack([trace.displacement[-1, part] for trace in output.trace])
         metrics["flow/reward_grad_norm"] = norms.mean((0, 1, 3))
         metrics["flow/displacement_norm"] = moved.mean((0, 2))
+        metrics["flow/gain_predicted"] = step_size * norms.sum((0, 1)).mean(1)
     return metrics
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _no_reward(index: Tensor, *rows: Tensor) -> Tensor:
+    return torch.zeros(len(index), device=index.device)
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_dataset(dataset: Dataset, name: str) -> None:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}: a stream has no length and no order to "
-            "resume in; load a part of it, e.g. with Dataset.from_list"
-        )
-    if "prompt" not in dataset.column_names:
+def _check_dataset(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"{name} must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
+    # A stream may not know its columns before it is read.
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if "prompt" not in columns:
         raise ValueError(
-            f"{name} has no column 'prompt' (strings or lists of chat messages), only {dataset.column_names}: rename "
+            f"{name} has no column 'prompt' (strings or lists of chat messages), only {columns}: rename "
             "one with dataset.rename_column"
         )
 
 
 def _load_policy(
-    model: str | PreTrainedModel | PeftModel,
-    args: VGFConfig,
-    quantization_config: Any | None,
-    peft_config: PeftConfig | None,
+    model: str | PreTrainedModel | PeftModel, args: VGFConfig, quantization_config: Any | None
 ) -> PreTrainedModel | PeftModel:
     if isinstance(model, str):
         init_kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
-        model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
-    elif args.model_init_kwargs is not None or quantization_config is not None:
+        return AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+    if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "model_init_kwargs and quantization_config are for loading a model from a path, but the model is loaded "
             "already: leave them out, or give its path"
         )
+    return model
+
+
+def _add_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ValueError(
                 "model is a PeftModel already, so peft_config cannot wrap it again: leave peft_config out to train "
                 "its adapters, or pass model.merge_and_unload()"
             )
-        model = get_peft_model(model, peft_config)
+        # ZeRO-3 needs one dtype in a module, and adapters would be float32 beside a bfloat16 model (TRL, issue 6089).
+        model = get_peft_model(model, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             if config.is_prompt_learning or getattr(config, "bias", "none") not in (None, "none"):
@@ -546,7 +1019,42 @@ def _load_policy(
                     f"the reference is the model with its adapters disabled, which {type(config).__name__} with "
                     f"bias={getattr(config, 'bias', None)!r} does not bring back: use e.g. LoraConfig(bias='none')"
                 )
+        base: Any = model.get_base_model()
+        head = base.get_output_embeddings()
+        if any("lora_" in name for name, _ in head.named_parameters()):
+            raise ValueError(
+                "the adapters reach lm_head, which TRL's trainers refuse too: where it is tied to the input embeddings, merging "
+                "them changes those; leave it out of target_modules, as target_modules='all-linear' does"
+            )
     return model
+
+
+def _load_value_model(
+    policy: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase, args: VGFConfig
+) -> ValueModel:
+    backbone: Any = policy
+    if args.value_model is not None:
+        if AutoTokenizer.from_pretrained(args.value_model).get_vocab() != processing_class.get_vocab():
+            raise ValueError(
+                f"value_model {args.value_model} has another vocabulary than the policy, in which its gradient is taken"
+            )
+        backbone = AutoModelForCausalLM.from_pretrained(args.value_model, dtype="float32")
+    elif getattr(policy, "is_quantized", False):
+        raise ValueError("a quantized policy cannot be the backbone of the value model: set value_model to a path of one")
+    elif isinstance(policy, PeftModel):
+        adapted: Any = copy.deepcopy(policy)
+        backbone = adapted.unload()
+    return ValueModel(
+        backbone,
+        processing_class,
+        heads=args.value_heads,
+        kappa=args.reward_kappa,
+        lora_rank=args.value_lora_rank,
+        learning_rate=args.value_learning_rate,
+        replay_size=args.value_replay_size,
+        batch_size=args.value_batch_size,
+        seed=args.seed,
+    ).to(args.device)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -555,41 +1063,3 @@ def _disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # read by functional attention, no module
             module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def _load_reward(
-    reward_funcs: RewardFunc | list[RewardFunc],
-    reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
-    processing_class: PreTrainedTokenizerBase,
-    args: VGFConfig,
-) -> DifferentiableReward:
-    members = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    for member in members:
-        if not isinstance(member, (str, PreTrainedModel, DifferentiableReward)):
-            raise TypeError(
-                "plain functions have no gradient, and the flow climbs one: reward_funcs holds a "
-                f"{type(member).__name__}; give a sequence-classification model, e.g. one trained with "
-                "trl.RewardTrainer on pairs that the function ranked"
-            )
-    tokenizers = reward_processing_classes if isinstance(reward_processing_classes, list) else [reward_processing_classes]
-    if reward_processing_classes is not None and len(tokenizers) != len(members):
-        raise ValueError(f"{len(tokenizers)} reward_processing_classes were given for {len(members)} reward_funcs")
-    for tokenizer in tokenizers:
-        if tokenizer is not None and tokenizer.get_vocab() != processing_class.get_vocab():
-            raise ValueError(
-                "a reward model has another vocabulary than the policy, and the flow moves embeddings of one "
-                "vocabulary: use a reward model trained with the policy's tokenizer"
-            )
-    if args.reward_model_init_kwargs is not None and not all(isinstance(member, str) for member in members):
-        raise ValueError(
-            "reward_model_init_kwargs are for loading reward models from paths, but one is loaded already: leave them "
-            "out, or give its path"
-        )
-    if isinstance(members[0], DifferentiableReward) and len(members) == 1:
-        return members[0]
-    models = [member for member in members if not isinstance(member, DifferentiableReward)]
-    if len(models) < len(members):
-        raise ValueError("a DifferentiableReward is an ensemble already: pass it alone, or list the models it is made of")
-    init_kwargs = args.reward_model_init_kwargs
-    assert not isinstance(init_kwargs, str)
-    return DifferentiableReward(models, processing_class, kappa=args.reward_kappa, model_init_kwargs=init_kwargs)
