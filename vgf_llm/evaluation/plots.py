@@ -42,12 +42,11 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_SETTING_NAMES = {
-    "num_particles": "N={}",
-    "steps": "L={}",
-    "rounds": "{} rounds",
-    "members": "{} reward models",
-    "verified": "verified: {}",
+# What tells the series of a figure apart. Steps and rounds do not: budget 0 is the first point of its series.
+_SETTING_NAMES: dict[str, Callable[[Any], str]] = {
+    "num_particles": lambda n: f"N={n:g}",
+    "members": lambda m: f"{m:g} reward model{'s' if m != 1 else ''}",
+    "verified": lambda verified: "" if verified else "unverified",
 }
 
 
@@ -128,6 +127,8 @@ def plot_budget(rows: Sequence[Row], path: str | Path) -> None:
                 label = f"VGF {name}".strip()
                 _line(above, series, "kl_budget", label, colour, marker, y="reward_proxy")
                 _line(below, series, "kl_budget", label, colour, marker, band=True)
+                if len(series) == 1:  # no curve, no peak
+                    continue
                 best = max(series, key=lambda row: row["reward_gold"])
                 peaks.append((best["kl_budget"], colour, best is series[-1]))
             for ax in (above, below):
@@ -177,13 +178,9 @@ def _settings(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     ]  # fmt: skip
     series: dict[str, list[Row]] = {}
     for row in rows:
-        name = ", ".join(_SETTING_NAMES[key].format(_said(row[key])) for key in varied if row.get(key) is not None)
-        series.setdefault(name, []).append(row)
+        said = [_SETTING_NAMES[key](row[key]) for key in varied if row.get(key) is not None]
+        series.setdefault(", ".join(filter(None, said)), []).append(row)
     return list(series.items())
-
-
-def _said(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
 
 
 def _best_of_n(ax: Axes, rows: Sequence[Row], x: str, label: str) -> list[Row]:
