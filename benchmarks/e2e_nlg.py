@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vgf_llm.data.e2e import PROMPT_SEPARATOR, e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr, spoken_order
-from vgf_llm.evaluation.frontier import Task, measure_task
+from vgf_llm.evaluation.frontier import Plan, Task, measure_task
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
 from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import markdown_table, print_table, write_atomically, write_report
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
     parser.add_argument("--steps", default=2000, type=int, help="training steps of the base model")
     parser.add_argument("--pairs", default=4000, type=int, help="preference pairs per reward model")
-    parser.add_argument("--prompts", default=24, type=int, help="held-out meaning representations per seed")
+    parser.add_argument("--prompts", default=10, type=int, help="held-out meaning representations per seed")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
     console, started = Console(), time.perf_counter()
@@ -114,7 +114,7 @@ def main() -> None:
     members = [artefact(args.work, f"reward-{k}", (base, k, args.pairs), train_reward, console.log) for k in range(3)]
 
     task = Task("e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION)
-    rows = measure_task(task, base, judge, members, args.seeds, log=console.log)
+    rows = measure_task(task, base, judge, members, args.seeds, Plan(kl_budgets=(0.0, 1.0, 2.0, 4.0)), log=console.log)
     print_table(rows, console)
     write_report(
         ROOT / "benchmarks" / "results" / "e2e_nlg.json",
