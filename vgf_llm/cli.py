@@ -2,6 +2,7 @@
 
     vgf demo                                                 the whole method on the embedded data, on a CPU
     vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
+    vgf control train|eval|generate                          continuous control on the same flow
 
 Libraries are imported inside the commands, so that `vgf --help` answers at once.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from vgf_llm import __version__
+from vgf_llm.control.commands import add_control_command
 
 
 if TYPE_CHECKING:
@@ -245,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=float, default=1.0, help="of the base model; 1.0 keeps all tokens")
     run.add_argument("--output", metavar="FILE", default=argparse.SUPPRESS, help="default: standard output")
     run.set_defaults(run=_run_sample)
+
+    add_control_command(commands)
     return parser
 
 

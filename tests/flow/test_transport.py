@@ -297,3 +297,28 @@ def test_svgd_finds_both_modes_with_their_mass():
     assert (end < 0).float().mean().item() == pytest.approx(1 / 3, abs=0.07)
     assert end.mean().item() == pytest.approx(2 / 3, rel=0.15)
     assert end.var().item() == pytest.approx(1 + 4 * 8 / 9, rel=0.1)
+
+
+def test_a_precondition_maps_the_direction_once_per_step():
+    seen = []
+
+    def halve(phi):
+        seen.append(phi)
+        return 0.5 * phi
+
+    particles = torch.randn(2, 3, 4)
+    budget = TransportBudget(steps=3, step_size=0.2, normalize="none")
+    constant = torch.ones(2, 3, 4)
+    moved = transport(particles, lambda a, step: (a.sum(-1), constant), budget, precondition=halve).particles
+    torch.testing.assert_close(moved, particles + 3 * 0.2 * 0.5)
+    assert len(seen) == 3
+
+
+def test_finiteness_may_be_left_to_the_caller():
+    def broken(a, step):
+        return a.sum(-1), torch.full_like(a, torch.nan)
+
+    budget = TransportBudget(steps=1, normalize="none")
+    with pytest.raises(ValueError, match="non-finite"):
+        transport(torch.zeros(1, 2, 3), broken, budget)
+    assert transport(torch.zeros(1, 2, 3), broken, budget, check_finite=False).particles.isnan().all()

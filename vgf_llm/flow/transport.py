@@ -58,8 +58,10 @@ def transport(
     budget: TransportBudget,
     *,
     mask: Tensor | None = None,
+    precondition: Callable[[Tensor], Tensor] | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
     value_fn: Callable[[Tensor], Tensor] | None = None,
+    check_finite: bool = True,
 ) -> Transported:
     """Carry N particles per prompt L steps along the score. Prompts never see each other.
 
@@ -73,12 +75,16 @@ def transport(
         mask: bool, broadcastable to leading dimensions of particles, for instance [B, N, T] or [B, N]. False never
             moves; what it holds enters no norm and no distance (kernels read 0 there), and a particle that is False
             throughout is not counted among the N.
+        precondition: maps `phi` to the direction that `step_size` multiplies, once per step: a particle optimiser such as
+            Adam, whose state lives as long as this flow. The bounds of `TransportBudget` are those of `phi` itself.
         project: maps particles back to where they are allowed, after every step: `lambda a: a.clamp(-1, 1)` for
             actions.
         value_fn: `particles -> values [B, N]`, called once at the end and without gradient, for
             `Transported.values`. It may differ from the value that drove the flow (a minimum over critics instead of
             their mean). Leave it out where particles are decoded first: what counts there is the value of the
             decoded text.
+        check_finite: look at the trace once, after the last step. False where the host must not wait for the device, as
+            while a CUDA graph is captured; then the caller looks at what comes out.
 
     Raises:
         ValueError: a shape does not fit, or a value, score or particle is not finite; says at which step and where.
@@ -103,6 +109,8 @@ def transport(
         if budget.coupling == "svgd":
             visible = torch.where(moves, u, 0.0)
             phi, trace.bandwidth[step] = stein_direction(visible, phi, budget.temperature, budget.bandwidth, present)
+        if precondition is not None:
+            phi = precondition(phi)
         u = u + budget.step_size * phi
         if budget.max_displacement is not None:
             shrink = _wide(budget.max_displacement / displacement(start, u), u)
@@ -112,7 +120,8 @@ def transport(
         u = torch.where(moves, u, start)
         trace.displacement[step] = displacement(start, u)
     # Once, after the loop: asking at every step would make the host wait for the device L times.
-    _check_finite(trace, present)
+    if check_finite:
+        _check_finite(trace, present)
     return Transported(particles=u, values=None if value_fn is None else value_fn(u), trace=trace)
 
 

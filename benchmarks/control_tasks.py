@@ -1,0 +1,200 @@
+"""VGF beside its baselines on tasks a CPU can learn: pendulum offline, pendulum offline-to-online, a generated point maze.
+
+    python -m benchmarks.control_tasks pendulum     # table of algorithms, and savings with their learning curves
+    python -m benchmarks.control_tasks online       # offline-to-online
+    python -m benchmarks.control_tasks pointmaze    # OGBench's code path; needs the extra vgf_llm[control]
+
+Three seeds side by side, every VGF figure beside its L = 0 column. Writes benchmarks/results/control_*.json and
+docs/img/control_*.png. One thread; some minutes each.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgf_llm.control import AgentConfig, OfflineDataset, ReplayBuffer, TrainConfig, VGFAgent, evaluate, make_env, make_vector_env
+from vgf_llm.control.baselines import AGENTS
+from vgf_llm.control.evaluation import slots
+from vgf_llm.control.pendulum import collect
+from vgf_llm.control.plots import plot_budget, plot_learning, plot_particles, read_scores
+from vgf_llm.control.training import UpdateLoop, cache_particles, train
+from vgf_llm.flow import TransportBudget
+
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "img"
+SEEDS = (0, 1, 2)
+STILL = TransportBudget(steps=0)
+STEPS = (0, 1, 2, 3, 5, 8)
+TWO = TransportBudget(steps=2, step_size=0.1, normalize="none")
+SVGD = TransportBudget(steps=2, step_size=0.1, normalize="none", coupling="svgd", temperature=0.1)
+PENDULUM = AgentConfig(
+    hidden=(64, 64),
+    batch_size=128,
+    num_particles=4,
+    flow_matching_steps=5,
+    discount=0.97,
+    learning_rate=1e-3,
+    target_rate=0.01,
+    train=TWO,
+    test=TWO,
+)
+ONE = {"num_particles": 1, "train": STILL, "test": STILL}
+PENDULUM_RUNS = {
+    "behaviour cloning": {"algorithm": "bc", **ONE},
+    "IQL": {"algorithm": "iql", "behaviour": "gaussian", **ONE},
+    "FQL, alpha 0.1": {"algorithm": "fql", "distill_weight": 0.1, **ONE},
+    "IFQL": {"algorithm": "ifql", "train": STILL},
+    "trained at L = 0": {"train": STILL},
+    "VGF": {},
+    "VGF, amortised": {"amortised": True},
+    "VGF, SVGD at 0.1": {"train": SVGD, "test": SVGD},
+    "VGF, SVGD at 0.1, public code's repulsion": {"train": SVGD, "test": SVGD, "rule": "public"},
+    "VGF, steps of one length": {
+        "rule": "normalized",
+        "train": TransportBudget(steps=2, step_size=0.1),
+        "test": TransportBudget(steps=2, step_size=0.1),
+    },
+    "VGF, frozen behaviour": {"behaviour_steps": 1000},
+    "VGF, bfloat16": {"precision": "bf16"},
+    "VGF, frozen behaviour and bfloat16": {"behaviour_steps": 1000, "precision": "bf16"},
+}
+
+
+def prepared(agent: Any, data: OfflineDataset) -> ReplayBuffer:
+    """The buffer of a run; with a frozen behaviour, that is fitted first and its particles are cached."""
+    config = agent.config
+    columns = data.n_step(config.n_step, config.discount)
+    buffer = ReplayBuffer(columns, len(SEEDS))
+    if not config.behaviour_steps:
+        return buffer
+    assert isinstance(agent, VGFAgent)
+    for _ in range(config.behaviour_steps):
+        agent.update_behaviour(buffer.sample(config.batch_size, agent.noise))
+    return ReplayBuffer(columns, len(SEEDS), particles=cache_particles(agent, columns["next_obs"]))
+
+
+def study(
+    env_name: str, data: OfflineDataset, config: AgentConfig, updates: int, parts: int, steps: tuple[int, ...], episodes: int
+) -> tuple[Any, dict[str, Any]]:
+    """Train in `parts`, test after each: the agent, its curve at L_test = 0 and 3, and its last scores at all budgets."""
+    agent = AGENTS[config.algorithm](data.obs_dim, data.action_dim, config, SEEDS)
+    loop = UpdateLoop(agent, prepared(agent, data), graph=False)
+    seconds, curve = 0.0, []
+    for part in range(1, parts + 1):
+        start = time.process_time()
+        loop.run(updates // parts)
+        seconds += time.process_time() - start
+        tested = (0,) if config.algorithm not in ("vgf", "ifql") else steps if part == parts else (0, 3)
+        found = [dataclasses.replace(config.test, steps=k) for k in tested]
+        env = make_vector_env(env_name, slots(agent, len(found), episodes, 10**6), processes=False)
+        result = evaluate(agent, env_name, env, found, episodes)
+        env.close()
+        scores = {str(k): result.scores[:, i].mean(-1).tolist() for i, k in enumerate(tested)}
+        lengths = {str(k): result.lengths[:, i].mean(-1).tolist() for i, k in enumerate(tested)}
+        curve.append({"updates": part * updates // parts, "scores": scores})
+    ms = 1000 * seconds / updates
+    return agent, {"cpu_ms_per_update": ms, "curve": curve, "scores": scores, "lengths": lengths}
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    scores = {k: [round(x) for x in v] for k, v in row["scores"].items()}
+    print(f"{name}: {scores}, {row['cpu_ms_per_update']:.1f} ms of CPU per update", flush=True)
+
+
+def pendulum(updates: int = 1500, episodes: int = 20) -> dict[str, Any]:
+    """Returns of each algorithm at each budget, and learning curves."""
+    data = collect(0)
+    returns = data.rewards.view(-1, 200).sum(1)
+    rows: dict[str, Any] = {}
+    for name, changes in PENDULUM_RUNS.items():
+        config = dataclasses.replace(PENDULUM, **changes)
+        agent, rows[name] = study("pendulum", data.rescaled(0.1), config, updates, 3, STEPS, episodes)
+        show(name, rows[name])
+        if name == "VGF":
+            shown = [dataclasses.replace(TWO, steps=k) for k in (0, 1, 3, 8)]
+            plot_particles(agent, torch.tensor([-0.6, 0.8, 2.0]), shown, IMAGES / "control_pendulum_particles.png")
+            scores = {int(k): {updates: v} for k, v in rows[name]["scores"].items()}
+            plot_budget(scores, IMAGES / "control_pendulum_budget.png", "return")
+    logged = {"mean": returns.mean().item(), "random": returns[:100].mean().item(), "scripted": returns[100:].mean().item()}
+    return {"updates": updates, "episodes": episodes, "logged": logged, "runs": rows}
+
+
+def online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
+    """Offline, then online with exploration at L = 2: scores along the way."""
+    agent = dataclasses.replace(PENDULUM, explore=TWO)
+    config = TrainConfig(
+        env="pendulum", agent=agent, reward_scale=0.1, seeds=SEEDS, updates=updates, online_steps=steps, online_start=500,
+        eval_every=250, eval_episodes=20, eval_steps=(0, 2), log_every=500, save_every=0, device="cpu",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, folder, say=lambda line: print(line, flush=True))
+        scores = read_scores(Path(folder) / "scores.csv")
+    plot_learning(scores, IMAGES / "control_online.png", updates, "return")
+    curves = {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()}
+    return {"updates": updates, "online_steps": steps, "episodes": 20, "scores": curves}
+
+
+def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
+    """Success on the third task of the medium maze, from 50 generated episodes."""
+    from vgf_llm.control.generate import generate
+
+    warnings.filterwarnings("ignore")
+    name = "pointmaze-medium-navigate-singletask-task3-v0"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pointmaze-medium-navigate-v0.npz"
+        manifest = generate("pointmaze-medium-navigate", path, episodes=50, processes=1)
+        data = OfflineDataset.from_ogbench_npz(path, make_env(name)).rescaled(0.1)
+    three = TransportBudget(steps=3, step_size=0.3, normalize="none")
+    base = AgentConfig(
+        hidden=(64, 64), num_particles=4, flow_matching_steps=5, learning_rate=1e-3, target_rate=0.05, n_step=5, train=three,
+        test=dataclasses.replace(three, step_size=0.2),
+    )  # fmt: skip
+    runs = {
+        "behaviour cloning": {"algorithm": "bc", **ONE},
+        "IQL": {"algorithm": "iql", "behaviour": "gaussian", **ONE},
+        "IFQL": {"algorithm": "ifql", "train": STILL},
+        "trained at L = 0": {"train": STILL},
+        "VGF": {},
+    }
+    rows: dict[str, Any] = {}
+    for label, changes in runs.items():
+        config = dataclasses.replace(base, **changes)
+        agent, rows[label] = study(name, data, config, updates, 1, (0, 1, 3, 5), episodes)
+        show(label, rows[label])
+        if label == "VGF":
+            shown = [dataclasses.replace(base.test, steps=k) for k in (0, 1, 3, 5)]
+            state = torch.tensor([8.0, 20.0])  # the start's lower neighbour: the way on is to the left
+            plot_particles(agent, state, shown, IMAGES / "control_pointmaze_particles.png")
+    return {"env": name, "updates": updates, "episodes": episodes, "data": manifest, "runs": rows}
+
+
+def main() -> None:
+    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze}
+    if len(sys.argv) != 2 or sys.argv[1] not in parts:
+        raise SystemExit(__doc__)
+    torch.set_num_threads(1)
+    result = {
+        "benchmark": f"control_{sys.argv[1]}",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "seeds": list(SEEDS),
+        **parts[sys.argv[1]](),
+    }
+    target = ROOT / "benchmarks" / "results" / f"control_{sys.argv[1]}.json"
+    unfinished = target.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, target)
+
+
+if __name__ == "__main__":
+    main()
