@@ -13,14 +13,15 @@ options win over the file. The data set needs a column "prompt"; `dataset_name` 
 id. `--flow_steps 0` fits to best-of-N, the run to compare with.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 
-from datasets import DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from vgf_llm import VGFConfig, VGFTrainer
+from vgf_llm.data.loading import load_splits
 
 
 @dataclass
@@ -35,14 +36,9 @@ class VGFScriptArguments(ScriptArguments):
         default_factory=list,
         metadata={"help": "Python functions that add up with it, as module.function; see reward_weights."},
     )
-
-
-def load_prompts(args: ScriptArguments) -> DatasetDict:
-    if args.dataset_name is None:
-        raise ValueError("give --dataset_name: a JSONL file, a directory or a hub id")
-    if Path(args.dataset_name).is_file():
-        return load_dataset("json", data_files={args.dataset_train_split: args.dataset_name})
-    return load_dataset(args.dataset_name, args.dataset_config)
+    hh_transcripts: bool = field(
+        default=False, metadata={"help": "The data set holds raw transcripts of Anthropic's HH-RLHF, to be parsed."}
+    )
 
 
 def main(script_args: VGFScriptArguments, training_args: VGFConfig, model_args: ModelConfig) -> None:
@@ -51,24 +47,21 @@ def main(script_args: VGFScriptArguments, training_args: VGFConfig, model_args: 
     for name in script_args.reward_funcs:
         module, _, function = name.rpartition(".")
         rewards.append(getattr(import_module(module), function))
-    if not rewards:
-        raise ValueError("give --reward_model_name_or_path, one or more, or --reward_funcs")
+    evaluate = training_args.eval_strategy != "no"
+    splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if evaluate else [])]
+    data = load_splits(script_args.dataset_name, script_args.dataset_config, splits, ["prompt"], script_args.hh_transcripts)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = load_prompts(script_args)
-    evaluate = training_args.eval_strategy != "no"
-    if evaluate and script_args.dataset_test_split not in dataset:
-        raise ValueError(f"eval_strategy needs a split {script_args.dataset_test_split!r}, got only {list(dataset)}")
     trainer = VGFTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=rewards,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluate else None,
+        train_dataset=data[0],
+        eval_dataset=data[1] if evaluate else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -78,5 +71,26 @@ def main(script_args: VGFScriptArguments, training_args: VGFConfig, model_args: 
         trainer.push_to_hub()
 
 
+def parse(argv: Sequence[str] | None = None) -> tuple[VGFScriptArguments, VGFConfig, ModelConfig]:
+    """Options and YAML file, checked; nothing is loaded.
+
+    Raises:
+        ValueError: an unknown key or value, or no policy, reward or data set.
+    """
+    args = TrlParser((VGFScriptArguments, VGFConfig, ModelConfig)).parse_args_and_config(argv)
+    script_args, _, model_args = args
+    if not model_args.model_name_or_path:
+        raise ValueError("give --model_name_or_path: the supervised model, a directory or a hub id")
+    if not script_args.reward_model_name_or_path and not script_args.reward_funcs:
+        raise ValueError("give --reward_model_name_or_path, one or more, or --reward_funcs")
+    if not script_args.dataset_name:
+        raise ValueError("give --dataset_name: a JSONL file, a directory or a hub id")
+    return args
+
+
 if __name__ == "__main__":
-    main(*TrlParser((VGFScriptArguments, VGFConfig, ModelConfig)).parse_args_and_config())
+    try:
+        parsed = parse()
+    except (ValueError, OSError) as error:
+        sys.exit(f"vgf: error: {error}")
+    main(*parsed)

@@ -3,6 +3,7 @@
     vgf demo                                                 the whole method on the embedded data, on a CPU
     vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
     vgf control train|eval|generate                          continuous control on the same flow
+    vgf serve --model DIR --reward-model DIR                  the same over HTTP, as OpenAI's API
 
 Libraries are imported inside the commands, so that `vgf --help` answers at once.
 """
@@ -24,6 +25,7 @@ from vgf_llm.control.commands import add_control_command
 
 if TYPE_CHECKING:
     from vgf_llm.flow import TransportBudget
+    from vgf_llm.text import VGFSampler
     from vgf_llm.text.sampler import Prompt
 
 
@@ -73,6 +75,33 @@ def sample(
         ValueError, OSError: those of `VGFSampler` and of loading a model.
     """
     import torch
+
+    sampler = load_sampler(
+        model, reward_models, temperature=temperature, top_k=top_k, top_p=top_p, horizon=horizon, movers=movers
+    )
+    output = sampler.sample(prompts, num_particles, budget, max_completion_length, seed, progress=progress)
+    spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
+    columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
+    numbers = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("reward", "reward_initial_best", "kl", "generations")
+    return [
+        {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
+        for prompt, completion, row in zip(prompts, output.completions, numbers, strict=True)
+    ]
+
+
+def load_sampler(
+    model: str,
+    reward_models: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    horizon: int | None = 0,
+    movers: int | None = None,
+) -> VGFSampler:
+    """The sampler of `sample`, whose arguments and errors these are."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from vgf_llm.text import DifferentiableReward, VGFSampler
@@ -89,7 +118,7 @@ def sample(
     language_model.to("cuda" if torch.cuda.is_available() else "cpu")
     beside = [Path(name) / "calibration.json" for name in reward_models]
     calibration = [json.loads(path.read_text()) for path in beside] if all(path.is_file() for path in beside) else None
-    sampler = VGFSampler(
+    return VGFSampler(
         language_model,
         DifferentiableReward(list(reward_models), tokenizer, calibration=calibration),
         tokenizer,
@@ -99,15 +128,6 @@ def sample(
         horizon=horizon,
         movers=movers,
     )
-    output = sampler.sample(prompts, num_particles, budget, max_completion_length, seed, progress=progress)
-    spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
-    columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
-    numbers = zip(*(column.tolist() for column in columns), strict=True)
-    names = ("reward", "reward_initial_best", "kl", "generations")
-    return [
-        {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
-        for prompt, completion, row in zip(prompts, output.completions, numbers, strict=True)
-    ]
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -202,6 +222,22 @@ def _run_sample(args: argparse.Namespace) -> None:
             print(json.dumps(record, ensure_ascii=False), file=file)
 
 
+def _run_serve(args: argparse.Namespace) -> None:
+    try:
+        from vgf_llm.serving import Limits, create_app, listen, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"vgf serve needs {error.name}: pip install 'vgf_llm[serve]'") from None
+    limits = Limits(tokens=args.max_completion_length, queue=args.queue, seconds=args.seconds)
+    api_key = os.environ.get("VGF_API_KEY") or None
+    # First of all: a port in use must be known before the models are loaded.
+    with listen(args.host, args.port, api_key) as listening:
+        sampler = load_sampler(args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        name = args.model_name or args.model
+        host, port = listening.getsockname()[:2]
+        print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        serve(create_app(sampler, name, limits, api_key), listening)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, like every other error of the command."""
@@ -249,6 +285,19 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run_sample)
 
     add_control_command(commands)
+    run = commands.add_parser("serve", help="transported completions over HTTP, as OpenAI's API", formatter_class=with_defaults)
+    run.add_argument("--model", metavar="DIR", help="causal language model", **required)
+    run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
+    run.add_argument("--model-name", metavar="NAME", help="what requests call the model; default: as given", default=None)
+    run.add_argument("--host", default="127.0.0.1", help="others than loopback need a key in VGF_API_KEY")
+    run.add_argument("--port", type=int, default=8000, help="0 takes any free one")
+    run.add_argument("--temperature", type=float, default=1.0, help="of the base model")
+    run.add_argument("--top-k", type=int, default=0, help="of the base model; 0 keeps all tokens")
+    run.add_argument("--top-p", type=float, default=1.0, help="of the base model; 1.0 keeps all tokens")
+    run.add_argument("--max-completion-length", type=int, default=512, metavar="T", help="most tokens a request may ask for")
+    run.add_argument("--queue", type=int, default=64, metavar="PROMPTS", help="how many may wait")
+    run.add_argument("--seconds", type=float, default=300.0, help="how long a request may take, waiting included")
+    run.set_defaults(run=_run_serve)
     return parser
 
 
