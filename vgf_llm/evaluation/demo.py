@@ -58,11 +58,11 @@ SCALES = {
     ),
     # Minutes on two cores.
     "default": Scale(
-        Settings(steps=2_800, judge_steps=500, trunk_pairs=8_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
-        Plan(kl_budgets=(0.0, 1.0, 4.0, 8.0, 16.0)),
+        Settings(steps=2_500, judge_steps=500, trunk_pairs=7_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
+        Plan(kl_budgets=(0.0, 1.0, 2.0, 4.0, 16.0)),
         prompts_per_seed=8,
         seeds=(0, 1, 2),
-        student_steps=8,
+        student_steps=4,
     ),
     # What docs/method.md reports.
     "full": Scale(Settings(), Plan(), prompts_per_seed=16, seeds=(0, 1, 2), student_steps=15),
