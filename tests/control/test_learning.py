@@ -46,8 +46,11 @@ def test_bandit_an_inverted_u_in_the_budget():
     pick = torch.arange(3)[:, None]
     for _ in range(1500):
         rows = torch.randint(2000, (3, 128))
-        # One step and the task has ended: the critic learns the reward.
-        agent.update(Batch(state, actions[pick, rows], rewards[pick, rows], state, torch.zeros(3, 128)))
+        # One step and the task has ended: the critic learns the reward, and what it would bootstrap from does not matter.
+        ended = torch.zeros(3, 128)
+        batch = Batch(state, actions[pick, rows], rewards[pick, rows], state, ended, particles=torch.zeros(3, 128, 1, 2))
+        agent.update_behaviour(batch)
+        agent.update(batch)
 
     draws = 100
     obs = torch.zeros(3, draws, 1)
