@@ -311,6 +311,8 @@ def test_the_command_serves_until_it_is_interrupted(command):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell ignores Ctrl-C, and so would everything it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         name, url = process.stdout.readline().split(" at ")
