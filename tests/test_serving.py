@@ -305,14 +305,14 @@ def test_without_the_extra_the_command_names_it(command, monkeypatch, capsys):
 
 
 def test_the_command_serves_until_it_is_interrupted(command):
+    # A test run in the background of a shell ignores Ctrl-C, and so would everything it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "vgf_llm", *command, "--port", "0", "--model-name", "tiny"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "VGF_API_KEY": "secret"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background of a shell ignores Ctrl-C, and so would everything it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         name, url = process.stdout.readline().split(" at ")
