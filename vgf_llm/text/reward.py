@@ -164,8 +164,8 @@ def mix_embeddings(
 
     The flow takes gradients at points between a token and the base model's mean embedding of its position; a reward model that
     has met tokens only has any gradient there. From now on, in training mode, half of the chosen positions of every row are
-    moved towards that mean, `e <- e + lam (E_mu[e] - e)`, by one random share `lam` in [0, 1] per row. Measured: the rank
-    correlation of predicted and true changes rises by half (docs/method.md).
+    moved towards that mean, `e <- e + lam (E_mu[e] - e)`, by one random share `lam` in [0, 1] per row. What it is worth, alone
+    and beside comparisons of edits, is measured in docs/method.md.
 
     Args:
         reward_model: sequence-classification model in training, called with right-padded `input_ids`.
