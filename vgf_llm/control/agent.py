@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ def aggregate(values: Tensor, how: Aggregate) -> Tensor:
     return values.amin(1) if how == "min" else values.mean(1)
 
 
-class Agent(nn.Module):
-    """Networks, one optimiser, acting and checkpoints; a subclass adds `losses`.
+class Agent(nn.Module, ABC):
+    """Networks, one optimiser, acting and checkpoints; a subclass adds `losses`, and `_add_networks` if it has any of its own.
 
     Args:
         obs_dim, action_dim: sizes of a state and an action; actions lie in [-1, 1].
@@ -80,16 +81,18 @@ class Agent(nn.Module):
         if config.algorithm != "bc":
             self.critic = Critic(S, config.num_critics, obs_dim, action_dim, hidden, self.noise)
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-
-    def _start_optimizer(self) -> None:
-        """Last in the constructor of a subclass, when all its networks exist. One Adam serves all: it acts per weight."""
+        self._add_networks()
+        # One Adam serves all networks: it acts per weight.
         learned = [p for p in self.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(learned, lr=self.config.learning_rate, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True, capturable=on_gpu)
 
+    def _add_networks(self) -> None:
+        """Networks of a subclass, before the optimiser is made."""
+
+    @abstractmethod
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is minimised, and what is only logged, each [S] by name. Losses share no weights but where they name them."""
-        raise NotImplementedError
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every network. Nothing waits for the device.
@@ -331,18 +334,10 @@ class VGFAgent(Agent):
     Args: as in `Agent`.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        config: AgentConfig,
-        seeds: Sequence[int] = (0,),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(obs_dim, action_dim, config, seeds, device)
-        if config.amortised:
-            self.gradient = StackedMLP(len(seeds), obs_dim, action_dim, action_dim, config.hidden, True, self.noise)
-        self._start_optimizer()
+    def _add_networks(self) -> None:
+        if self.config.amortised:
+            D, hidden = self.action_dim, self.config.hidden
+            self.gradient = StackedMLP(len(self.seeds), self.obs_dim, D, D, hidden, True, self.noise)
         self._fast: tuple[Critic | StackedMLP, FlowBehaviour | GaussianBehaviour] | None = None
 
     def _score(self, obs: Tensor, start: Tensor, climbed: Critic | StackedMLP | None) -> Any:

@@ -1,30 +1,16 @@
 """Baselines on the same networks, data and optimiser: behaviour cloning, IQL, IFQL and FQL."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vgf_llm.flow import gradient_of
 
 from .agent import Agent, Batch, VGFAgent, aggregate
-from .config import AgentConfig
 from .networks import GaussianBehaviour, StackedMLP
 
 
 class BCAgent(Agent):
     """Behaviour cloning: one sample of the behaviour model. It has no critic, so every budget must be 0 steps."""
-
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        config: AgentConfig,
-        seeds: Sequence[int] = (0,),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(obs_dim, action_dim, config, seeds, device)
-        self._start_optimizer()
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {"behaviour": self.behaviour.loss(batch.obs, batch.actions, self.noise)}, {}
@@ -38,17 +24,8 @@ class IQLAgent(Agent):
     a flow fitted without weights.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        config: AgentConfig,
-        seeds: Sequence[int] = (0,),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(obs_dim, action_dim, config, seeds, device)
-        self.value = StackedMLP(len(seeds), obs_dim, 0, 1, config.hidden, True, self.noise)
-        self._start_optimizer()
+    def _add_networks(self) -> None:
+        self.value = StackedMLP(len(self.seeds), self.obs_dim, 0, 1, self.config.hidden, True, self.noise)
 
     def _v(self, obs: Tensor) -> Tensor:
         v: Tensor = self.value(self.value.context(obs))
@@ -87,17 +64,9 @@ class FQLAgent(Agent):
     same noise z with weight `distill_weight`, and up the critic.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        config: AgentConfig,
-        seeds: Sequence[int] = (0,),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(obs_dim, action_dim, config, seeds, device)
-        self.policy = StackedMLP(len(seeds), obs_dim, action_dim, action_dim, config.hidden, False, self.noise)
-        self._start_optimizer()
+    def _add_networks(self) -> None:
+        D, hidden = self.action_dim, self.config.hidden
+        self.policy = StackedMLP(len(self.seeds), self.obs_dim, D, D, hidden, False, self.noise)
 
     def _one_step(self, obs: Tensor, noise: Tensor) -> Tensor:
         actions: Tensor = self.policy(self.policy.context(obs), noise)
