@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +118,42 @@ def test_prompts_of_every_kind(tmp_path, monkeypatch):
             assert cli.read_prompts("-") == expected
 
 
+def records(argv, capsys):
+    assert cli.main(argv) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_fewer_movers_decode_less(arguments, capsys):
+    every = records(arguments("--rounds", 2, "--horizon", -1), capsys)
+    one = records(arguments("--rounds", 2, "--horizon", -1, "--movers", 1), capsys)
+    assert sum(r["generations"] for r in one) < sum(r["generations"] for r in every)
+
+
+@pytest.fixture
+def calibrated(saved, tmp_path):
+    """A copy of the reward model with a calibration beside it."""
+
+    def make(content):
+        path = tmp_path / "calibrated"
+        shutil.copytree(saved["reward"], path, dirs_exist_ok=True)
+        (path / "calibration.json").write_text(content, encoding="utf-8")
+        return path
+
+    return make
+
+
+def test_a_calibration_beside_the_reward_model_is_used(arguments, calibrated, capsys):
+    plain = records(arguments("--steps", 0), capsys)
+    scaled = records(arguments("--steps", 0, "--reward-model", calibrated("[1.0, 2.0]")), capsys)
+    for a, b in zip(plain, scaled, strict=True):
+        assert b["reward"] == pytest.approx((a["reward"] - 1) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1.0]", '["a", 1]', "not json", "[0.0, 0.0]", "[NaN, 1.0]"])
+def test_a_bad_calibration_is_named(arguments, calibrated, capsys, content):
+    assert "calibration.json" in fails(arguments("--reward-model", calibrated(content)), capsys)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -147,6 +184,7 @@ def test_bad_prompts(arguments, tmp_path, capsys, content, says):
         (["--kl-budget", "nan"], "kl_budget"),
         (["--num-particles", "0"], "num_particles"),
         (["--temperature", "0"], "temperature"),
+        (["--movers", "0"], "movers"),
         (["--max-completion-length", "1000"], "context"),
         (["--output", "."], "directory"),
         (["--steps", "many"], "invalid int value"),

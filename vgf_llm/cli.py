@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -117,7 +118,7 @@ def load_sampler(
     language_model: Any = AutoModelForCausalLM.from_pretrained(model)
     language_model.to("cuda" if torch.cuda.is_available() else "cpu")
     beside = [Path(name) / "calibration.json" for name in reward_models]
-    calibration = [json.loads(path.read_text()) for path in beside] if all(path.is_file() for path in beside) else None
+    calibration = [_read_calibration(path) for path in beside] if all(path.is_file() for path in beside) else None
     return VGFSampler(
         language_model,
         DifferentiableReward(list(reward_models), tokenizer, calibration=calibration),
@@ -128,6 +129,16 @@ def load_sampler(
         horizon=horizon,
         movers=movers,
     )
+
+
+def _read_calibration(path: Path) -> tuple[float, float]:
+    try:
+        mean, std = map(float, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} does not hold [mean, standard deviation] of the reward model's score") from None
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"{path}: mean {mean} and standard deviation {std} must be finite, the latter positive")
+    return mean, std
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:

@@ -3,7 +3,9 @@ import random
 import pytest
 import torch
 
-from vgf_llm.evaluation.frontier import Pool, Task, best_of_n_rows
+from tests import tiny
+from vgf_llm import VGFSampler
+from vgf_llm.evaluation.frontier import Pool, Task, best_of_n_rows, draw_pool, rescored
 from vgf_llm.evaluation.world import artefact, word_tokenizer
 from vgf_llm.flow import best_of_n_kl
 
@@ -61,3 +63,19 @@ def test_best_of_n_rows_rise_with_n_where_the_proxy_is_the_gold_reward():
     assert [row["seconds"] for row in rows] == [1.0, 2.0, 4.0, 16.0]
     assert rows[2]["kl_nats"] == best_of_n_kl(4)
     assert all(row["reward_gold_low"] < row["reward_gold"] < row["reward_gold_high"] for row in rows)
+
+
+def test_a_pool_under_another_reward_is_the_pool_drawn_with_that_reward():
+    tok = tiny.tokenizer()
+    model = tiny.language_model("llama", len(tok), eos=tok.eos_token_id, pad=tok.pad_token_id)
+    one, other = (
+        VGFSampler(model, tiny.reward_model(family, len(tok), pad=tok.pad_token_id), tok, flow_batch_size=5)
+        for family in ("llama", "gpt_neox")
+    )
+    task = Task("words", lambda prompt, text: float(len(text)), lambda seed: ["the food was", "a room"], 8)
+    drawn = draw_pool(task, one, model, (0, 1), 6)
+    expected = draw_pool(task, other, model, (0, 1), 6)
+    found = rescored(drawn, task, other, (0, 1))
+    assert not torch.allclose(drawn.proxy, expected.proxy)
+    torch.testing.assert_close(found.proxy, expected.proxy, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.gold, drawn.gold)
