@@ -4,7 +4,7 @@ A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_random, vgf_flip, v
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`,
-`kl_lower` in nats. A value may be absent or None; a table shows "-" there, and leaves out a column that no row fills.
+`kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `gold_over_best_of_n_low` and `_high`. A value may be absent or None; a table shows "-" there, and leaves out a column that no row fills.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ def _gold(row: Row) -> str | None:
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def _over(row: Row) -> str | None:
+    value, low, high = (row.get(f"gold_over_best_of_n{end}") for end in ("", "_low", "_high"))
+    return None if value is None else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _seconds(row: Row) -> str | None:
     value = row.get("seconds")
     return None if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
@@ -88,6 +93,7 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("ver", _verified),
     ("proxy", _number("reward_proxy", 2)),
     ("gold [95 %]", _gold),
+    ("over BoN [95 %]", _over),
     ("gold pop.", _number("reward_gold_population", 2)),
     ("KL nats", _number("kl_nats", 2)),
     ("KL ≥", _number("kl_lower", 2)),
@@ -95,7 +101,6 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("NLL judge", _number("nll_judge", 1)),
     ("dist. 2", _number("distinct_2", 2)),
     ("s", _seconds),
-    ("seeds", _whole("seeds")),
 ]
 
 
