@@ -86,6 +86,9 @@ class VGFConfig(TrainingArguments):
             (docs/method.md).
         flow_rounds (`int`, *optional*, defaults to `1`):
             How many times flow and decode follow each other.
+        flow_movers (`int`, *optional*):
+            How many particles of a prompt, best first, every round moves; `None`: all N. With `target="sft"` only the best
+            is fitted, so moving the others is mostly spent in vain.
         flow_horizon (`int`, *optional*, defaults to `0`):
             Positions after the first changed token that the tilt still holds; `None`: to the end, for rewards to which
             position does not matter (see `VGFSampler`).
@@ -202,6 +205,9 @@ class VGFConfig(TrainingArguments):
     )
     flow_kl_budget: float = field(default=2.0, metadata={"help": "Nats per completion that one decode may spend."})
     flow_rounds: int = field(default=1, metadata={"help": "How many times flow and decode follow each other."})
+    flow_movers: int | None = field(
+        default=None, metadata={"help": "Particles of a prompt, best first, that every round moves. Default: all."}
+    )
     flow_horizon: int | None = field(
         default=0,
         metadata={"help": "Positions after the first changed token that the tilt still holds; None: to the end."},
@@ -280,6 +286,11 @@ class VGFConfig(TrainingArguments):
             raise ValueError(
                 f"best_k ({self.best_k}) must not exceed num_generations ({self.num_generations}), the particles of a "
                 "prompt: lower best_k or raise num_generations"
+            )
+        if self.flow_movers is not None and not 1 <= self.flow_movers <= self.num_generations:
+            raise ValueError(
+                f"flow_movers ({self.flow_movers}) must be between 1 and num_generations ({self.num_generations}), the "
+                "particles of a prompt; None moves all of them"
             )
         if self.target == "dpo" and (self.best_k != 1 or self.num_generations < 2):
             raise ValueError(

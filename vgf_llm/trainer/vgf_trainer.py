@@ -275,6 +275,7 @@ class VGFTrainer(Trainer):
             top_k=self.args.top_k,
             top_p=self.args.top_p,
             horizon=self.args.flow_horizon,
+            movers=self.args.flow_movers,
             flow_batch_size=self.args.flow_batch_size,
         )
 
