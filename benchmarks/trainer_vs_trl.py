@@ -74,14 +74,15 @@ PILOT = 1_000
 # Students' samples per held-out prompt.
 SAMPLES = 4
 # A likelihood has a gradient of the size of its surprise, a policy gradient one of the size of the advantage.
-RATES = {
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {
-        "likelihood": (2e-4, 5e-4, 1.5e-3),
-        "tilt": (2e-4, 5e-4, 1.5e-3),
+        "likelihood": (3e-4, 1e-3),
+        "tilt": (1e-4, 3e-4, 1e-3),
+        "advantage": (1e-4, 3e-4, 1e-3),
         "gradient": (1e-4, 3e-4, 1e-3),
-        "pairs": (1e-4, 3e-4, 1e-3),
+        "pairs": (1e-4, 3e-4),
     },
-    "lora": {"likelihood": (1e-3, 3e-3), "tilt": (1e-3, 3e-3), "gradient": (1e-3, 3e-3), "pairs": (1e-3, 3e-3)},
+    "lora": {"likelihood": (3e-3,), "tilt": (1e-3,), "advantage": (1e-3,), "gradient": (1e-3,), "pairs": (1e-3,)},
 }
 # The budget of the demonstration, but for one round: a step has to be affordable.
 FLOW = {"flow_steps": 3, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2}
@@ -95,14 +96,15 @@ VGF: dict[str, dict[str, Any]] = {
     "vgf_weighted_policy": {**FLOW, "target": "weighted", "target_temperature": 0.3, **POLICY},
     "vgf_tilt_policy": {"flow_steps": 0, "target": "tilt", **POLICY},
     "vgf_dpo_policy": {**FLOW, "target": "dpo", **POLICY},
+    "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
 METHODS = (*VGF, "rloo", "grpo", "dpo")
 # Family of every method, and the method that its learning rate is tuned on.
-FAMILY = {
-    m: "tilt" if "tilt" in m else "pairs" if "dpo" in m else "gradient" if m in ("rloo", "grpo") else "likelihood"
-    for m in METHODS
-}
-TUNED_ON = {"likelihood": "best_of_n_policy", "tilt": "vgf_tilt_policy", "gradient": "rloo", "pairs": "dpo"}
+NAMED = {"tilt": "tilt", "advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
+FAMILY = {method: next((family for name, family in NAMED.items() if name in method), "likelihood") for method in METHODS}
+TUNED_ON = {
+    "likelihood": "best_of_n_policy", "tilt": "vgf_tilt_policy", "advantage": "vgf_advantage", "gradient": "rloo", "pairs": "dpo",
+}  # fmt: skip
 
 
 def clock() -> float:
@@ -237,7 +239,7 @@ def run(job: Job, method: str, adaptation: str, seed: int, rate: float, steps: i
         trainer: Any
         if method in VGF:
             extra = VGF[method]
-            rows = {"weighted": GENERATIONS, "tilt": GENERATIONS, "dpo": 2}.get(extra.get("target", ""), 1)
+            rows = {"sft": 1, "dpo": 2}.get(extra.get("target", "sft"), GENERATIONS)
             args = VGFConfig(
                 num_generations=GENERATIONS, max_completion_length=job.max_completion_length, flow_horizon=job.horizon,
                 flow_batch_size=PROMPTS_PER_STEP * GENERATIONS, per_device_train_batch_size=PROMPTS_PER_STEP * rows,
@@ -465,6 +467,7 @@ STYLE = {
     "vgf_tilt": ("#009E73", "-"),
     "vgf_tilt_policy": ("#009E73", "--"),
     "vgf_dpo_policy": ("#CC79A7", "--"),
+    "vgf_advantage": ("#7F00FF", "-"),
     "rloo": ("#0072B2", "-"),
     "grpo": ("#56B4E9", "-"),
     "dpo": ("#222222", ":"),
