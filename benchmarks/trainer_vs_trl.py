@@ -1,21 +1,29 @@
 """VGFTrainer beside TRL's trainers: what a nat of KL buys in gold, and how long it takes.
 
-    python -m benchmarks.trainer_vs_trl                              embedded tasks, all methods, 3 seeds, LoRA and full
+    python -m benchmarks.trainer_vs_trl                              embedded tasks, all methods, 3 seeds, full weights
     python -m benchmarks.trainer_vs_trl --quick                      shows that everything runs, measures nothing
     python -m benchmarks.trainer_vs_trl --tasks e2e --e2e-data DIR   after `python -m benchmarks.e2e_nlg --data DIR`
+    python -m benchmarks.trainer_vs_trl --report                     table and figure of all runs that are there
 
 Every method starts from the same base model and is trained on the same reward (the proxy ensemble) and the same prompts, with 8
 completions per prompt and `PROMPTS_PER_STEP` prompts per optimizer step. Along the way it is measured on fresh samples of
-held-out prompts: gold reward, proxy reward, and KL(student || base) as the mean of log student - log base over these samples.
-The clock stands still meanwhile.
+held-out prompts: gold reward, proxy reward, and KL(student || base) as the mean of log student - log base over these samples. A
+run ends after `--steps`, or where the KL passes `KL_END`.
+
+The clock stands still during measurements. It counts seconds of the process's CPU time, so that what else the machine does is
+not measured (with one thread that is the wall-clock of a machine of its own); on a GPU it is the wall-clock.
+
+Learning rates are tuned: for every task and family of methods each of `RATES` is tried on a pilot seed and judged by the *proxy*
+reward where the run crosses each KL of `KLS`, or at its end if it does not get there. Gold is not looked at.
 
 Goals: the highest gold at every KL in `KLS`, RLOO's gold at KL 2 in a quarter of its time, and a step at most 1.25 times as long
 as RLOO's. The report says which hold.
 
-Methods: VGFTrainer with each target, particles of the reference and of the policy; best-of-n distillation (VGFTrainer with
-flow_steps=0); RLOO and GRPO; DPO on the best and the worst of 8 samples of the base model, drawn within its time.
+Methods: VGFTrainer with each target, particles of the reference and of the policy; best-of-n distillation from both (VGFTrainer
+with flow_steps=0); RLOO and GRPO; DPO on the best and the worst of 8 samples of the base model, drawn within its time.
 
-Writes benchmarks/results/trainer_vs_trl.json and docs/img/trainer_vs_trl.png.
+Every run is a file under `--runs` and is not repeated: a cut benchmark goes on where it was. Delete the folder after a change
+of what is measured. Writes benchmarks/results/trainer_vs_trl.json and docs/img/trainer_vs_trl.png.
 """
 
 from __future__ import annotations
@@ -56,25 +64,51 @@ from vgf_llm.trainer import VGFConfig, VGFTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 KLS = (1.0, 2.0, 4.0)
-PROMPTS_PER_STEP, GENERATIONS = 16, 8
+PROMPTS_PER_STEP, GENERATIONS = 8, 8
 # Optimizer steps after which a student is measured.
-SCHEDULE = (0, 2, 4, 8, 12, 16, 24, 32, 48)
-# Not tuned per method: those of the likelihood are the demonstration's, those of policy gradients the ones RLOO was measured
-# with in docs/method.md, and adapters take more, as is usual.
-LEARNING_RATE = {
-    "full": {"likelihood": 5e-4, "gradient": 1e-4, "pairs": 1e-4},
-    "lora": {"likelihood": 2e-3, "gradient": 1e-3, "pairs": 1e-3},
+SCHEDULE = (0, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48)
+KL_END = 5.0
+# 0.975 quantiles of Student's t by the number of seeds.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+PILOT = 1_000
+# Students' samples per held-out prompt.
+SAMPLES = 4
+# A likelihood has a gradient of the size of its surprise, a policy gradient one of the size of the advantage.
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "full": {
+        "likelihood": (3e-4, 1e-3),
+        "tilt": (1e-4, 3e-4, 1e-3),
+        "advantage": (1e-4, 3e-4, 1e-3),
+        "gradient": (1e-4, 3e-4, 1e-3),
+        "pairs": (1e-4, 3e-4),
+    },
+    "lora": {"likelihood": (3e-3,), "tilt": (1e-3,), "advantage": (1e-3,), "gradient": (1e-3,), "pairs": (1e-3,)},
 }
-VGF = {
+# The budget of the demonstration, but for one round: a step has to be affordable.
+FLOW = {"flow_steps": 3, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2}
+POLICY = {"particle_source": "policy", "policy_kl_cap": KL_END}
+VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
-    "vgf_sft": {},
-    "vgf_weighted": {"target": "weighted", "target_temperature": 0.3},
-    "vgf_tilt": {"target": "tilt"},
-    "vgf_dpo": {"target": "dpo"},
-    "vgf_sft_policy": {"particle_source": "policy"},
-    "vgf_tilt_policy": {"target": "tilt", "particle_source": "policy"},
+    "best_of_n_policy": {"flow_steps": 0, **POLICY},
+    "vgf_sft": FLOW,
+    "vgf_tilt": {"flow_steps": 0, "target": "tilt"},
+    "vgf_sft_policy": {**FLOW, **POLICY},
+    "vgf_weighted_policy": {**FLOW, "target": "weighted", "target_temperature": 0.3, **POLICY},
+    "vgf_tilt_policy": {"flow_steps": 0, "target": "tilt", **POLICY},
+    "vgf_dpo_policy": {**FLOW, "target": "dpo", **POLICY},
+    "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
 METHODS = (*VGF, "rloo", "grpo", "dpo")
+# Family of every method, and the method that its learning rate is tuned on.
+NAMED = {"tilt": "tilt", "advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
+FAMILY = {method: next((family for name, family in NAMED.items() if name in method), "likelihood") for method in METHODS}
+TUNED_ON = {
+    "likelihood": "best_of_n_policy", "tilt": "vgf_tilt_policy", "advantage": "vgf_advantage", "gradient": "rloo", "pairs": "dpo",
+}  # fmt: skip
+
+
+def clock() -> float:
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 @dataclass(frozen=True)
@@ -117,7 +151,7 @@ def e2e_job(data: Path, models: Path) -> Job:
     from benchmarks.e2e_nlg import MAX_COMPLETION, gold
     from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 
-    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=72)
+    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=30)
     asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in train]
     unseen = sorted({format_prompt(e.slots) for e in held_out})
 
@@ -143,14 +177,15 @@ class Probe(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.measure(0, model)
-        self.since = time.perf_counter()
+        self.since = clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.since is not None
-        self.seconds += time.perf_counter() - self.since
+        self.seconds += clock() - self.since
         if state.global_step in self.schedule:
             self.measure(state.global_step, model)
-        self.since = time.perf_counter()
+            control.should_training_stop |= self.points[-1]["kl"] > KL_END
+        self.since = clock()
 
     def measure(self, step: int, model: Any) -> None:
         training = model.training
@@ -158,10 +193,10 @@ class Probe(TrainerCallback):
         sampler = VGFSampler(policy, self.reward, self.tokenizer, flow_batch_size=256)
         # Noise of its own: a student is not measured on what it was fitted to.
         out = sampler.sample(
-            self.prompts, 4, TransportBudget(steps=0), self.job.max_completion_length, seed=2**50 + self.seed
+            self.prompts, SAMPLES, TransportBudget(steps=0), self.job.max_completion_length, seed=2**50 + self.seed
         ).initial
         model.train(training)
-        flat = [prompt for prompt in self.prompts for _ in range(4)]
+        flat = [prompt for prompt in self.prompts for _ in range(SAMPLES)]
         nll = judge_nll(self.base, self.tokenizer, flat, [ids for row in out.completion_ids for ids in row])
         gold = [self.job.gold(p, c) for p, c in zip(flat, (c for row in out.completions for c in row), strict=True)]
         self.points.append(
@@ -172,6 +207,7 @@ class Probe(TrainerCallback):
                 "proxy": float(out.rewards.mean()),
                 "kl": float((out.logprobs.double().flatten() + nll).mean()),
                 "nll_base": float(nll.mean()),
+                "tokens": statistics.fmean(len(ids) for row in out.completion_ids for ids in row),
             }
         )
 
@@ -185,7 +221,7 @@ def shared(out: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(job: Job, method: str, adaptation: str, seed: int, steps: int, held_out: int) -> dict[str, Any]:
+def run(job: Job, method: str, adaptation: str, seed: int, rate: float, steps: int, held_out: int) -> dict[str, Any]:
     """Train one student, measured along the way."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     reward = job.reward(tokenizer)
@@ -194,18 +230,16 @@ def run(job: Job, method: str, adaptation: str, seed: int, steps: int, held_out:
     peft_config = None
     if adaptation == "lora":
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    kind = "gradient" if method in ("rloo", "grpo") else "pairs" if "dpo" in method else "likelihood"
-    rate = LEARNING_RATE[adaptation][kind]
-    started = time.perf_counter()
+    started = clock()
     with tempfile.TemporaryDirectory() as out:
         common = shared(out, rate, steps, seed)
         pairs = best_and_worst(job, reward, tokenizer, prompts, seed) if method == "dpo" else []
-        probe = Probe(job, schedule, job.test(held_out, seed), seed, time.perf_counter() - started)
+        probe = Probe(job, schedule, job.test(held_out, seed), seed, clock() - started)
         given: dict[str, Any] = {"callbacks": [probe], "peft_config": peft_config}
         trainer: Any
         if method in VGF:
             extra = VGF[method]
-            rows = {"weighted": GENERATIONS, "tilt": GENERATIONS, "dpo": 2}.get(extra.get("target", ""), 1)
+            rows = {"sft": 1, "dpo": 2}.get(extra.get("target", "sft"), GENERATIONS)
             args = VGFConfig(
                 num_generations=GENERATIONS, max_completion_length=job.max_completion_length, flow_horizon=job.horizon,
                 flow_batch_size=PROMPTS_PER_STEP * GENERATIONS, per_device_train_batch_size=PROMPTS_PER_STEP * rows,
@@ -267,6 +301,51 @@ def best_and_worst(
     return [{"prompt": p, "chosen": " " + texts[best], "rejected": " " + texts[worst]} for p, texts, best, worst in rows]
 
 
+# ---- Runs that are kept ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Runs as files of a folder; what is there is not run again."""
+
+    folder: Path
+    steps: int
+    held_out: int
+    log: Callable[[str], None]
+
+    def run(self, job: Job, method: str, adaptation: str, seed: int, rate: float) -> dict[str, Any]:
+        path = self.folder / f"{job.name}-{adaptation}-{method}-{seed}-{rate:g}-{self.steps}-{self.held_out}.json"
+        if not path.exists():
+            result = run(job, method, adaptation, seed, rate, self.steps, self.held_out)
+            write_report(path, result)
+            first, last = result["points"][0], result["points"][-1]
+            self.log(
+                f"{job.name} {adaptation} {method} seed {seed} rate {rate:g}: gold {first['gold']:.3f} -> {last['gold']:.3f}, "
+                f"proxy {last['proxy']:.3f}, KL {last['kl']:.2f} at step {last['step']}, {result['seconds_per_step']:.2f} s/step"
+            )
+        return json.loads(path.read_text())
+
+    def tuned_rate(self, job: Job, method: str, adaptation: str) -> float:
+        family = FAMILY[method]
+        rates = RATES[adaptation][family]
+        if len(rates) == 1:
+            return rates[0]
+        tried = [self.run(job, TUNED_ON[family], adaptation, PILOT, rate) for rate in rates]
+        return max(tried, key=tuning_score)["learning_rate"]
+
+    def all(self) -> list[dict[str, Any]]:
+        files = sorted(self.folder.glob(f"*-{self.steps}-{self.held_out}.json"))
+        runs = [json.loads(path.read_text()) for path in files]
+        return sorted(runs, key=lambda r: (r["task"], r["adaptation"], METHODS.index(r["method"]), r["seed"], r["learning_rate"]))
+
+
+def tuning_score(result: dict[str, Any]) -> float:
+    """Proxy reward where the run crosses each KL, or at its end."""
+    points = result["points"]
+    crossed = [at_kl(points, kl, "proxy") for kl in KLS]
+    return statistics.fmean(points[-1]["proxy"] if value is None else value for value in crossed)
+
+
 # ---- What it comes to -----------------------------------------------------------------------------------------------
 
 
@@ -288,154 +367,218 @@ def seconds_to(points: list[dict[str, float]], gold: float) -> float | None:
     return None
 
 
+def interval(values: list[float | None]) -> dict[str, Any]:
+    """Mean over the seeds that have a value, with the half-width of Student's 95 % interval, and how many these are."""
+    there = [v for v in values if v is not None]
+    half = None
+    if len(there) > 1:
+        half = STUDENT[len(there)] * statistics.stdev(there) / math.sqrt(len(there))
+    return {"mean": statistics.fmean(there) if there else None, "half_width": half, "seeds": len(there)}
+
+
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of each method on each task, None where a seed does not get there."""
-
-    def mean(values: list[float | None]) -> float | None:
-        return statistics.fmean(v for v in values if v is not None) if values and None not in values else None
-
+    """Means over seeds of each method on each task."""
     rows = []
     keys = dict.fromkeys((r["task"], r["adaptation"], r["method"]) for r in runs)
     for task, adaptation, method in keys:
         own = [r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, method)]
         rloo = {r["seed"]: r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, "rloo")}
-        row: dict[str, Any] = {"task": task, "adaptation": adaptation, "method": method, "seeds": len(own)}
+        row: dict[str, Any] = {
+            "task": task, "adaptation": adaptation, "method": method, "seeds": len(own), "learning_rate": own[0]["learning_rate"],
+        }  # fmt: skip
         for kl in KLS:
-            row[f"gold_at_kl_{kl:g}"] = mean([at_kl(r["points"], kl, "gold") for r in own])
-        row["final_gold"] = mean([r["points"][-1]["gold"] for r in own])
-        row["final_kl"] = mean([r["points"][-1]["kl"] for r in own])
-        row["seconds_per_step"] = mean([r["seconds_per_step"] for r in own])
+            row[f"gold_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "gold") for r in own])
+            row[f"seconds_to_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "seconds") for r in own])
+            row[f"tokens_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "tokens") for r in own])
+        for field in ("gold", "proxy", "kl", "step", "nll_base"):
+            row[f"final_{field}"] = interval([r["points"][-1][field] for r in own])
+        row["seconds_per_step"] = interval([r["seconds_per_step"] for r in own])
         paired = [(r, rloo[r["seed"]]) for r in own if r["seed"] in rloo]
-        row["step_time_ratio_to_rloo"] = mean([r["seconds_per_step"] / b["seconds_per_step"] for r, b in paired])
+        row["step_time_ratio_to_rloo"] = interval([r["seconds_per_step"] / b["seconds_per_step"] for r, b in paired])
         ratios: list[float | None] = []
         for r, b in paired:
             gold, time_of_rloo = at_kl(b["points"], 2.0, "gold"), at_kl(b["points"], 2.0, "seconds")
             ours = None if gold is None else seconds_to(r["points"], gold)
             ratios.append(None if ours is None or not time_of_rloo else ours / time_of_rloo)
-        row["time_ratio_to_rloo_gold_at_kl_2"] = mean(ratios)
+        row["time_ratio_to_rloo_gold_at_kl_2"] = interval(ratios)
         rows.append(row)
     return rows
 
 
-def goals(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
-    """Which goals hold on every task and adaptation; None where nothing can be said."""
-    verdicts: dict[str, bool | None] = {}
-    ours = [r for r in rows if r["method"].startswith("vgf_")]
-    groups = dict.fromkeys((r["task"], r["adaptation"]) for r in rows)
-    for kl in KLS:
-        wins = []
-        for group in groups:
-            best = {
-                who: max((r[f"gold_at_kl_{kl:g}"] for r in rows if (r["task"], r["adaptation"]) == group
-                          and r["method"].startswith("vgf_") == who and r[f"gold_at_kl_{kl:g}"] is not None), default=None)
-                for who in (True, False)
-            }  # fmt: skip
-            if best[True] is not None and best[False] is not None:
-                wins.append(best[True] > best[False])
-        verdicts[f"highest gold at KL {kl:g}"] = all(wins) if wins else None
-    quick = [[r["time_ratio_to_rloo_gold_at_kl_2"] for r in ours if (r["task"], r["adaptation"]) == g] for g in groups]
-    reached = [min((v for v in values if v is not None), default=math.inf) for values in quick]
-    verdicts["RLOO's gold at KL 2 in a quarter of its time"] = all(v <= 0.25 for v in reached) if reached else None
-    steps = [r["step_time_ratio_to_rloo"] for r in ours if r["step_time_ratio_to_rloo"] is not None]
-    verdicts["a step at most 1.25 times RLOO's"] = all(v <= 1.25 for v in steps) if steps else None
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the goals come to on each task, counting what every seed of a method reached."""
+
+    def whole(row: dict[str, Any], field: str) -> float | None:
+        return row[field]["mean"] if row[field]["seeds"] == row["seeds"] else None
+
+    verdicts = []
+    for task, adaptation in dict.fromkeys((r["task"], r["adaptation"]) for r in rows):
+        group = [r for r in rows if (r["task"], r["adaptation"]) == (task, adaptation)]
+        ours = [r for r in group if r["method"].startswith("vgf_")]
+        verdict: dict[str, Any] = {"task": task, "adaptation": adaptation}
+        for kl in KLS:
+            reached = [r for r in group if whole(r, f"gold_at_kl_{kl:g}") is not None]
+            reached.sort(key=lambda r: -r[f"gold_at_kl_{kl:g}"]["mean"])
+            verdict[f"methods by gold at KL {kl:g}"] = [r["method"] for r in reached]
+        fast = [r for r in ours if whole(r, "time_ratio_to_rloo_gold_at_kl_2") is not None]
+        if fast:
+            best = min(fast, key=lambda r: r["time_ratio_to_rloo_gold_at_kl_2"]["mean"])
+            verdict["shortest time to RLOO's gold at KL 2, in RLOO's"] = [
+                best["method"],
+                best["time_ratio_to_rloo_gold_at_kl_2"]["mean"],
+            ]
+        verdict["step time in RLOO's"] = {r["method"]: r["step_time_ratio_to_rloo"]["mean"] for r in ours}
+        verdicts.append(verdict)
     return verdicts
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/trainer.md."""
+
+    def cell(value: dict[str, Any], seeds: int, digits: int = 2) -> str:
+        if value["mean"] is None:
+            return "-"
+        text = f"{value['mean']:.{digits}f}"
+        if value["half_width"] is not None:
+            text += f" ± {value['half_width']:.{digits}f}"
+        return text + (f" ({value['seeds']}/{seeds})" if value["seeds"] < seeds else "")
+
+    head = ["task", "weights", "method", "rate", *(f"gold at KL {kl:g}" for kl in KLS), "gold at the end", "KL there", "steps"]
+    head += ["time of a step / RLOO's", "time to RLOO's gold at KL 2 / RLOO's"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for r in rows:
+        n = r["seeds"]
+        lines.append(
+            f"| {r['task']} | {r['adaptation']} | {r['method']} | {r['learning_rate']:g} | "
+            + " | ".join(cell(r[f"gold_at_kl_{kl:g}"], n) for kl in KLS)
+            + f" | {cell(r['final_gold'], n)} | {r['final_kl']['mean']:.1f} | {r['final_step']['mean']:.0f} | "
+            + " | ".join(cell(r[f], n) for f in ("step_time_ratio_to_rloo", "time_ratio_to_rloo_gold_at_kl_2"))
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+STYLE = {
+    "best_of_n": ("#999999", "-"),
+    "best_of_n_policy": ("#999999", "--"),
+    "vgf_sft": ("#D55E00", "-"),
+    "vgf_sft_policy": ("#D55E00", "--"),
+    "vgf_weighted_policy": ("#E69F00", "--"),
+    "vgf_tilt": ("#009E73", "-"),
+    "vgf_tilt_policy": ("#009E73", "--"),
+    "vgf_dpo_policy": ("#CC79A7", "--"),
+    "vgf_advantage": ("#7F00FF", "-"),
+    "rloo": ("#0072B2", "-"),
+    "grpo": ("#56B4E9", "-"),
+    "dpo": ("#222222", ":"),
+}
+
+
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Gold against KL above, against seconds below; one line per method, its points the means over seeds."""
+    """Gold against KL above, against seconds below: one line per run, faint, and the mean over seeds where all still ran."""
     groups = list(dict.fromkeys((r["task"], r["adaptation"]) for r in runs))
-    figure = Figure(figsize=(5 * len(groups), 8), layout="constrained")
+    figure = Figure(figsize=(5 * len(groups) + 2, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(groups), squeeze=False)
-    colours = dict(
-        zip(
-            METHODS,
-            ("#777777", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#009E73", "#0072B2", "#56B4E9", "#333333"),
-            strict=True,
-        )
-    )
     for column, group in enumerate(groups):
         for row, x in enumerate(("kl", "seconds")):
             ax = axes[row][column]
-            for method in METHODS:
+            for method, (colour, line) in STYLE.items():
                 own = [r["points"] for r in runs if (r["task"], r["adaptation"]) == group and r["method"] == method]
-                if own:
-                    at = [[statistics.fmean(p[f] for p in points) for points in zip(*own, strict=True)] for f in (x, "gold")]
-                    style = ":" if method.endswith("_policy") else "-"
-                    ax.plot(*at, style, marker=".", color=colours[method], label=method.replace("_", " "))
-            ax.set_xlabel("KL(student || base), nats per completion" if x == "kl" else "seconds of training")
+                if not own:
+                    continue
+                for points in own:
+                    ax.plot([p[x] for p in points], [p["gold"] for p in points], line, color=colour, alpha=0.25, linewidth=0.8)
+                together = list(zip(*own, strict=False))
+                at = [[statistics.fmean(p[f] for p in points) for points in together] for f in (x, "gold")]
+                ax.plot(*at, line, marker=".", color=colour, label=method.replace("_", " "))
+            if x == "kl":
+                ax.set_xlim(-0.1, KL_END)
+                ax.set_xlabel("KL(student || base), nats per completion")
+            else:
+                ax.set_xscale("symlog", linthresh=10)
+                ax.set_xlabel("seconds of training (linear to 10, then logarithmic)")
             ax.set_ylabel("gold reward")
-            ax.set_title(f"{group[0]}, {group[1]}")
-    axes[0][0].legend(fontsize=8)
+            ax.set_title(f"{group[0]}, {'LoRA' if group[1] == 'lora' else 'full weights'}")
+            ax.grid(alpha=0.3)
+    handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["content", "tone"], choices=["content", "tone", "e2e"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--adaptations", nargs="+", default=["full", "lora"], choices=["full", "lora"])
+    parser.add_argument("--adaptations", nargs="+", default=["full"], choices=["full", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=48, help="optimizer steps of every method")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts a student is measured on, 4 samples each")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of every method")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts a student is measured on")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs" / "demo" / "models", help="world of the demonstration")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
     parser.add_argument(
         "--e2e-models", type=Path, default=ROOT / "outputs" / "e2e", help="where benchmarks.e2e_nlg put its models"
     )
+    parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "trainer_vs_trl", help="one file per run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "trainer_vs_trl.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "img" / "trainer_vs_trl.png")
-    parser.add_argument("--quick", action="store_true", help="2 steps, 8 prompts, 1 seed: shows that it runs")
+    parser.add_argument("--report", action="store_true", help="run nothing: report all runs of this size that are there")
+    parser.add_argument("--quick", action="store_true", help="2 steps, 8 prompts, 1 seed, no tuning: shows that it runs")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.prompts, args.seeds = 2, 8, args.seeds[:1]
-    if "e2e" in args.tasks and args.e2e_data is None:
+        for grid in RATES.values():
+            grid.update({family: rates[:1] for family, rates in grid.items()})
+    if "e2e" in args.tasks and args.e2e_data is None and not args.report:
         parser.error("--tasks e2e needs --e2e-data")
-    console = Console(width=140)
+    console = Console(width=160)
     transformers.logging.set_verbosity_error()
-    started = time.perf_counter()
-    settings = Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if args.quick else Settings()
-    embedded = [task for task in args.tasks if task != "e2e"]
-    jobs = embedded_jobs(args.models, settings, embedded, console.log) if embedded else []
-    if "e2e" in args.tasks:
-        jobs.append(e2e_job(args.e2e_data, args.e2e_models))
-    runs = []
-    # Seeds outermost: what is on disk after an interruption is a whole comparison.
-    for seed in args.seeds:
-        for job in jobs:
-            for adaptation in args.adaptations:
-                for method in args.methods:
-                    result = run(job, method, adaptation, seed, args.steps, args.prompts)
-                    runs.append(result)
-                    first, last = result["points"][0], result["points"][-1]
-                    console.log(
-                        f"{job.name} {adaptation} {method} seed {seed}: "
-                        f"gold {first['gold']:.3f} -> {last['gold']:.3f} at KL {last['kl']:.2f}, "
-                        f"{result['seconds_per_step']:.2f} s a step"
-                    )
-        rows = summarise(runs)
-        write_report(
-            args.output,
-            {
-                "rows": rows,
-                "goals": goals(rows),
-                "runs": runs,
-                "settings": {k: v for k, v in vars(args).items() if isinstance(v, (int, list))},
-                "seconds": time.perf_counter() - started,
-                "machine": {
-                    "processor": platform.machine(),
-                    "threads": torch.get_num_threads(),
-                    "gpu": torch.cuda.is_available(),
-                },
-                "versions": {
-                    "python": platform.python_version(), "torch": torch.__version__,
-                    "transformers": transformers.__version__, "trl": trl.__version__,
-                },
+    kept = Kept(args.runs, args.steps, args.prompts, console.log)
+    if not args.report:
+        settings = (
+            Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if args.quick else Settings()
+        )
+        embedded = [task for task in args.tasks if task != "e2e"]
+        jobs = embedded_jobs(args.models, settings, embedded, console.log) if embedded else []
+        if "e2e" in args.tasks:
+            jobs.append(e2e_job(args.e2e_data, args.e2e_models))
+        # Seeds outermost: what is there after an interruption is a whole comparison.
+        for seed in args.seeds:
+            for job in jobs:
+                for adaptation in args.adaptations:
+                    for method in args.methods:
+                        kept.run(job, method, adaptation, seed, kept.tuned_rate(job, method, adaptation))
+    runs, tuning = [], []
+    for result in kept.all():
+        (tuning if result["seed"] == PILOT else runs).append(result)
+    rows = summarise(runs)
+    write_report(
+        args.output,
+        {
+            "rows": rows,
+            "goals": goals(rows),
+            "runs": runs,
+            "tuning": [{**r, "score": tuning_score(r)} for r in tuning],
+            "settings": {
+                "steps": args.steps, "held_out_prompts": args.prompts, "samples_per_prompt": SAMPLES, "kl_end": KL_END,
+                "prompts_per_step": PROMPTS_PER_STEP, "num_generations": GENERATIONS, "rates": RATES, "vgf": VGF,
             },
-        )  # fmt: skip
-        plot(runs, args.figure)
-    console.print_json(json.dumps({"rows": rows, "goals": goals(rows)}))
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.is_available(),
+                "clock": "wall" if torch.cuda.is_available() else "cpu time of the process",
+            },
+            "versions": {
+                "python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "trl": trl.__version__,
+            },
+        },
+    )  # fmt: skip
+    plot(runs, args.figure)
+    console.print(markdown(rows), markup=False)
+    console.print_json(json.dumps(goals(rows)))
 
 
 if __name__ == "__main__":

@@ -175,3 +175,25 @@ def test_zero_steps_with_a_function_are_best_of_n(make_trainer, tokenizer):
         assert record["before"]["completions"] == record["after"]["completions"]
         expected = sampler.sample([record["prompt"]], 4, trainer.args.budget, 6, seed=trainer._seed(record["place"]))
         assert record["before"]["completions"] == expected.initial.completions[0]
+
+
+def test_a_clipped_reward_is_what_verification_and_selection_see(make_trainer):
+    trainer = make_trainer(reward_clip_range=[0.0, 1.0], flow_kl_budget=8.0, max_steps=3)
+    trainer.train()
+    free = make_trainer(flow_kl_budget=8.0, max_steps=3)
+    free.train()
+    ours, theirs = ([e for e in t.state.log_history if "reward" in e] for t in (trainer, free))
+    assert all(0 <= entry["reward"] <= 1 for entry in ours) and max(entry["reward"] for entry in theirs) > 1
+    # A particle that is at the upper end stays where it is.
+    assert sum(e["flow/accept_rate"] for e in ours) < sum(e["flow/accept_rate"] for e in theirs)
+
+
+def test_a_value_model_without_samples_is_an_error(make_trainer):
+    trainer = make_trainer(reward_funcs=lambda completions, **kwargs: [0.0] * len(completions))
+    with pytest.raises(RuntimeError, match="value model has no samples"):
+        trainer._fit_value([])
+
+
+def test_sharding_needs_processes(make_trainer):
+    with pytest.raises(ValueError, match="reward_model_sharding needs several processes"):
+        make_trainer(reward_model_sharding=True)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tests import tiny
 from vgf_llm import TransportBudget, VGFSampler
 from vgf_llm.text.tilt import TokenTargets
-from vgf_llm.trainer.targets import dpo_loss, likelihood_loss, tilt_loss
+from vgf_llm.trainer.targets import dpo_loss, leave_one_out, likelihood_loss, residual_loss, tilt_loss
 
 
 def logged(trainer, name):
@@ -39,6 +39,47 @@ def test_every_target_raises_the_reward_of_the_policy(make_trainer, tokenizer, t
         assert all(0 < kl <= 6 * 0.5 * 1.02 for kl in logged(trainer, "target/kl"))
     if target == "dpo":
         assert sum(logged(trainer, "fit/accuracy")[-10:]) / 10 > 0.6
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_policy_gradient_with_dense_targets_raises_the_reward_of_the_policy(make_trainer, tokenizer, function):
+    def count_good(completions, **kwargs):
+        return [float(completion.split().count("good")) for completion in completions]
+
+    trainer = make_trainer(
+        target="advantage", particle_source="policy", flow_steps=0, max_steps=30, per_device_train_batch_size=16,
+        learning_rate=1e-2, policy_kl_cap=10.0, value_warmup_samples=64, reward_funcs=count_good if function else None,
+    )  # fmt: skip
+    start = mean_reward(tiny.language_model("llama", len(tokenizer), eos=tokenizer.eos_token_id), tokenizer)
+    trainer.train()
+    end = mean_reward(trainer.model, tokenizer)
+    assert end > start + 0.25, (start, end)
+
+
+def test_dense_targets_are_a_control_variate_of_the_policy_gradient():
+    """Summed over every completion of one token, weighted by its probability: the gradient does not depend on the targets."""
+    torch.manual_seed(0)
+    V, K = 7, 3
+    logits = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    rewards = torch.randn(V, dtype=torch.float64)
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.detach().exp()
+    (expected,) = torch.autograd.grad(-(log_pi.exp() * rewards).sum(), logits, retain_graph=True)
+    candidates = log_pi.detach().topk(K).indices
+    for spread in (0.0, 1.0):  # 0: no tilt, where REINFORCE is left
+        events = torch.cat([pi[candidates], (1 - pi[candidates].sum())[None]]).log()
+        log_q = (events + spread * torch.randn(K + 1, dtype=torch.float64)).log_softmax(-1)
+        targets = TokenTargets(candidates.expand(V, 1, K), log_q.expand(V, 1, K + 1), torch.zeros(V, 1))
+        rows, mask = log_pi.expand(V, 1, V), torch.ones(V, 1)
+        ids = torch.arange(V)[:, None]
+        loss = tilt_loss(rows, targets, mask, pi) + residual_loss(rows, ids, targets, mask, rewards, pi)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_advantages_leave_the_particle_itself_out():
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    torch.testing.assert_close(leave_one_out(rewards), torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]))
 
 
 def test_tilt_loss_is_the_divergence_over_candidates_and_the_rest():
@@ -154,6 +195,33 @@ def test_truncated_completions_can_be_left_out(make_trainer, tokenizer):
     nothing = make_trainer(mask_truncated_completions=True, max_completion_length=1, flow_steps=0, max_steps=1)
     nothing.train()  # a step without a completion is no division by zero
     assert math.isfinite(logged(nothing, "loss")[0])
+
+
+def test_what_the_sampler_told_is_what_a_forward_says(make_trainer, monkeypatch):
+    """Log-probabilities of the reference that are known already are not computed again, and are the same."""
+    for settings in ({"target": "weighted"}, {"target": "tilt", "particle_source": "policy", "learning_rate": 1e-2}):
+        trainer = make_trainer(per_device_train_batch_size=8, max_steps=2, flow_kl_budget=4.0, **settings)
+        told = []
+        collate = trainer._collate
+
+        def compare(*arguments, collate=collate, told=told):
+            told.append((collate(*arguments), collate(*arguments[:-1], {}), len(arguments[-1])))
+            return told[-1][0]
+
+        monkeypatch.setattr(trainer, "_collate", compare)
+        trainer.train()
+        for known, computed, count in told:
+            assert count >= 4
+            torch.testing.assert_close(known["base_logprobs"], computed["base_logprobs"], rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_best_particles_move_where_movers_are_few(make_trainer):
+    for movers, most in ((1, 0.25), (None, 1.0)):
+        trainer = make_trainer(flow_movers=movers, flow_kl_budget=8.0, max_steps=3)
+        trainer.train()
+        shares = logged(trainer, "flow/accept_rate")
+        assert max(shares) <= most and max(shares) > 0
+    assert max(shares) > 0.25
 
 
 def test_iterations_fit_each_phase_several_times(make_trainer):

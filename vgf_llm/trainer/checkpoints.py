@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 RESUMED = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "shuffle_dataset", "seed", "data_seed", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
-    "particle_source", "policy_kl_cap", "flow_steps", "flow_step_size", "flow_kl_budget", "flow_rounds", "flow_horizon",
-    "target", "best_k", "target_temperature", "tilt_kl_cap", "dpo_beta", "mask_truncated_completions",
-    "reward_weights", "reward_kappa", "value_heads", "value_lora_rank", "value_learning_rate", "value_replay_size",
-    "value_warmup_samples", "value_batch_size", "value_update_ratio",
+    "particle_source", "policy_kl_cap", "flow_steps", "flow_step_size", "flow_kl_budget", "flow_rounds", "flow_movers",
+    "flow_horizon", "target", "best_k", "target_temperature", "tilt_kl_cap", "dpo_beta", "mask_truncated_completions",
+    "reward_weights", "reward_kappa", "reward_clip_range", "value_heads", "value_lora_rank", "value_learning_rate",
+    "value_replay_size", "value_warmup_samples", "value_batch_size", "value_update_ratio",
 )  # fmt: skip
 SETTINGS_FILE = "vgf_settings.json"
 

@@ -17,6 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 
@@ -57,6 +60,26 @@ def whole_copy(model: Any, device: torch.device) -> Any:
     else:
         replica = copy.deepcopy(model)
     return replica.requires_grad_(False).eval().to(device)
+
+
+def shard_layers(reward: nn.Module, device: torch.device) -> None:
+    """Shard the layers of every model in `reward` over all processes, in place; each is whole only while it is in use.
+
+    Embedding table and head stay whole: the flow looks tokens up outside the forward. From now on a forward or backward of the
+    reward is a collective: all processes have to make as many of them.
+
+    Raises:
+        ValueError: a model that does not say what its layers are (`_no_split_modules`).
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    models = [module for module in reward.modules() if isinstance(module, PreTrainedModel) and hasattr(module, "score")]
+    for model in models:
+        names = set(model._no_split_modules or ())
+        layers = [module for module in model.modules() if type(module).__name__ in names]
+        if not layers:
+            raise ValueError(f"reward_model_sharding: {type(model).__name__} does not name its layers (_no_split_modules)")
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
 
 
 @torch.no_grad()

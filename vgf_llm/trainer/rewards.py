@@ -149,6 +149,7 @@ class Rewards:
                 "out, or give its path"
             )
         self.processing_class = processing_class
+        self.clip_range = args.reward_clip_range
         self.terms = [
             Term(_name(reward), weight, _load(reward, tokenizer, processing_class, args))
             for reward, weight, tokenizer in zip(rewards, weights, tokenizers, strict=True)
@@ -224,7 +225,8 @@ class Rewards:
                 weighted = [t.weight * v for t, v in zip(self.terms, values, strict=True) if not math.isnan(v) or t.has_gradient]
                 totals.append(sum(weighted))
             scores.seconds += time.perf_counter() - started
-            return torch.tensor(totals, device=ids.device, dtype=torch.float32)
+            summed = torch.tensor(totals, device=ids.device, dtype=torch.float32)
+            return summed if self.clip_range is None else summed.clamp(*self.clip_range)
 
         return score, scores
 
@@ -307,9 +309,10 @@ def _load(
     if isinstance(reward, DifferentiableReward):
         return reward
     init_kwargs = cast("dict[str, Any]", args.reward_model_init_kwargs or {})
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
     if isinstance(reward, (str, PreTrainedModel)):
         if tokenizer is None and isinstance(reward, str):
-            tokenizer = AutoTokenizer.from_pretrained(reward)
+            tokenizer = AutoTokenizer.from_pretrained(reward, trust_remote_code=args.trust_remote_code)
         if tokenizer is not None and tokenizer.get_vocab() != processing_class.get_vocab():
             if isinstance(reward, str):
                 reward = cast(

@@ -56,6 +56,39 @@ def tilt_loss(log_pi: Tensor, targets: TokenTargets, mask: Tensor, weights: Tens
     return weights * (kl * mask).sum(1)
 
 
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantages [B, N] of rewards [B, N]: each less the mean of the others of its prompt."""
+    n = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (n / (n - 1))
+
+
+def residual_loss(
+    log_pi: Tensor, ids: Tensor, targets: TokenTargets, mask: Tensor, advantages: Tensor, weights: Tensor
+) -> Tensor:
+    """What dense targets leave of a policy gradient, `- w_i sum_t [A_i - c_t(y_t)] log pi(y_t)` [R].
+
+    `c_t(v) = q_t(v) / pi_t(v) - 1` has mean 0 under pi, and `tilt_loss` at `pi = mu` has the gradient
+    `- sum_v pi(v) c(v) grad log pi(v)`. Added to it, this loss therefore has the gradient of REINFORCE with advantages A in
+    expectation, whatever the targets are worth: they are its control variate (Q-Prop, Gu et al. 2017, arXiv 1611.02247).
+
+    Args:
+        log_pi: [R, T, V] of the policy that drew the completions.
+        ids: [R, T] of the completions.
+        targets: of the same completions.
+        mask: [R, T].
+        advantages: [R] in the unit in which the targets are tilted.
+        weights: [R].
+    """
+    said = log_pi.gather(-1, ids[..., None])[..., 0]
+    with torch.no_grad():
+        inside = log_pi.gather(-1, targets.ids)
+        rest = log_pi.scatter(-1, targets.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp_min(-1e4)
+        ratio = (targets.log_q - torch.cat([inside, rest], -1)).exp() - 1
+        hit = targets.ids == ids[..., None]
+        variate = torch.where(hit.any(-1), (ratio[..., :-1] * hit).sum(-1), ratio[..., -1])
+    return -weights * ((advantages[:, None] - variate) * said * mask).sum(1)
+
+
 def dpo_loss(log_ratio: Tensor, weights: Tensor, beta: float) -> Tensor:
     """`- w log sigmoid(beta (log_ratio_best - log_ratio_worst))` [P] (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 

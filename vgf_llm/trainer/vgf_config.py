@@ -10,7 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from vgf_llm.flow import TransportBudget
 
 
-Target = Literal["sft", "weighted", "tilt", "dpo"]
+Target = Literal["sft", "weighted", "tilt", "dpo", "advantage"]
 ParticleSource = Literal["reference", "policy"]
 
 
@@ -32,6 +32,15 @@ class VGFConfig(TrainingArguments):
         reward_model_init_kwargs (`dict` or JSON `str`, *optional*):
             The same for reward models given as paths. Kept apart, since a revision or dtype of the policy is seldom
             theirs.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether models and tokenizers given as paths, of the policy, the rewards and the value model, may bring code of their
+            own.
+        reward_model_sharding (`bool`, *optional*, defaults to `False`):
+            Shard the layers of differentiable reward models over all processes (FSDP2), under any engine. Every forward and
+            backward of them then gathers one layer at a time.
+        reward_clip_range (`list[float]`, *optional*):
+            Lowest and highest value of the summed reward, as in TRL: verification, selection and targets see it clipped. The flow
+            follows the gradient of what is below, but a particle at the upper end does not move any further.
         reward_weights (`list[float]`, *optional*):
             One weight per reward; default 1 each, as in TRL.
         reward_kappa (`float`, *optional*, defaults to `0.5`):
@@ -86,6 +95,9 @@ class VGFConfig(TrainingArguments):
             (docs/method.md).
         flow_rounds (`int`, *optional*, defaults to `1`):
             How many times flow and decode follow each other.
+        flow_movers (`int`, *optional*):
+            How many particles of a prompt, best first, every round moves; `None`: all N. With `target="sft"` only the best
+            is fitted, so moving the others is mostly spent in vain.
         flow_horizon (`int`, *optional*, defaults to `0`):
             Positions after the first changed token that the tilt still holds; `None`: to the end, for rewards to which
             position does not matter (see `VGFSampler`).
@@ -95,13 +107,14 @@ class VGFConfig(TrainingArguments):
         target (`str`, *optional*, defaults to `"sft"`):
             What the policy is fitted to (formulas in docs/trainer.md): `"sft"`, the likelihood of the best k particles;
             `"weighted"`, the same weighted by a softmax of their rewards; `"tilt"`, dense token targets from the gradient of
-            the reward along the best k; `"dpo"`, the transported best against the initial worst.
+            the reward along the best k; `"dpo"`, the transported best against the initial worst; `"advantage"`, the policy
+            gradient of the reward with the dense targets as its control variate, on samples of the policy as they were drawn.
         best_k (`int`, *optional*):
             How many particles per prompt, best first, the policy is fitted to. Default: 1 with `"sft"`, all N with
-            `"weighted"` and `"tilt"`. With `"dpo"` it is 1.
+            `"weighted"` and `"tilt"`. With `"dpo"` it is 1, with `"advantage"` N.
         target_temperature (`float`, *optional*, defaults to `1.0`):
             tau, in standard deviations of R over the N transported particles of the prompt, and so free of the scale of R: of
-            the weights of `"weighted"` and of the advantages of `"tilt"`.
+            the weights of `"weighted"` and of the advantages of `"tilt"` and `"advantage"`.
         tilt_kl_cap (`float`, *optional*, defaults to `0.1`):
             Nats that one token target may lie away from the base distribution. 0.1 over the 20 to 30 tokens of the measured
             tasks is the 2 to 3 nats per completion of `flow_kl_budget`.
@@ -162,6 +175,15 @@ class VGFConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keyword arguments of AutoModelForSequenceClassification.from_pretrained where rewards are paths."},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and tokenizers given as paths to bring code of their own."}
+    )
+    reward_model_sharding: bool = field(
+        default=False, metadata={"help": "Shard the layers of differentiable reward models over all processes."}
+    )
+    reward_clip_range: list[float] | None = field(
+        default=None, metadata={"help": "Lowest and highest value of the summed reward. Default: no clipping."}
+    )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward. Default: 1 each."})
     reward_kappa: float = field(
         default=0.5,
@@ -202,6 +224,9 @@ class VGFConfig(TrainingArguments):
     )
     flow_kl_budget: float = field(default=2.0, metadata={"help": "Nats per completion that one decode may spend."})
     flow_rounds: int = field(default=1, metadata={"help": "How many times flow and decode follow each other."})
+    flow_movers: int | None = field(
+        default=None, metadata={"help": "Particles of a prompt, best first, that every round moves. Default: all."}
+    )
     flow_horizon: int | None = field(
         default=0,
         metadata={"help": "Positions after the first changed token that the tilt still holds; None: to the end."},
@@ -211,7 +236,8 @@ class VGFConfig(TrainingArguments):
         default="sft",
         metadata={
             "help": "'sft': likelihood of the best k particles; 'weighted': by a softmax of reward; 'tilt': dense token targets "
-            "from the reward's gradient; 'dpo': transported best against initial worst."
+            "from the reward's gradient; 'dpo': transported best against initial worst; 'advantage': policy gradient with "
+            "dense targets as its control variate."
         },
     )
     best_k: int | None = field(
@@ -220,9 +246,9 @@ class VGFConfig(TrainingArguments):
     )
     target_temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature of 'weighted' and 'tilt', in standard deviations of R within the prompt."},
+        metadata={"help": "Temperature of 'weighted', 'tilt' and 'advantage', in standard deviations of R within the prompt."},
     )
-    tilt_kl_cap: float = field(default=0.1, metadata={"help": "Nats that one token target of 'tilt' may spend."})
+    tilt_kl_cap: float = field(default=0.1, metadata={"help": "Nats that one token target of 'tilt' and 'advantage' may spend."})
     dpo_beta: float = field(default=0.1, metadata={"help": "beta of 'dpo'."})
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Completions cut at max_completion_length do not count in the loss."}
@@ -276,15 +302,35 @@ class VGFConfig(TrainingArguments):
         ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+        if self.reward_clip_range is not None:
+            self.reward_clip_range = list(self.reward_clip_range)  # as JSON gives it back
+            if len(self.reward_clip_range) != 2 or not self.reward_clip_range[0] < self.reward_clip_range[1]:
+                raise ValueError(f"reward_clip_range must be two numbers, lowest and highest, got {self.reward_clip_range!r}")
         if self.best_k > self.num_generations:
             raise ValueError(
                 f"best_k ({self.best_k}) must not exceed num_generations ({self.num_generations}), the particles of a "
                 "prompt: lower best_k or raise num_generations"
             )
+        if self.flow_movers is not None and not 1 <= self.flow_movers <= self.num_generations:
+            raise ValueError(
+                f"flow_movers ({self.flow_movers}) must be between 1 and num_generations ({self.num_generations}), the "
+                "particles of a prompt; None moves all of them"
+            )
         if self.target == "dpo" and (self.best_k != 1 or self.num_generations < 2):
             raise ValueError(
                 f"target='dpo' takes one pair of a prompt, so best_k ({self.best_k}) must be 1 and num_generations "
                 f"({self.num_generations}) at least 2"
+            )
+        if self.target == "advantage" and (self.best_k != self.num_generations or self.num_generations < 2):
+            raise ValueError(
+                f"target='advantage' compares all particles of a prompt, so best_k ({self.best_k}) must be num_generations "
+                f"({self.num_generations}), and that at least 2"
+            )
+        if self.target == "advantage" and (self.particle_source != "policy" or self.flow_steps or self.num_iterations != 1):
+            raise ValueError(
+                "target='advantage' is a policy gradient, for which completions have to be the policy's own as they were drawn: "
+                f"set particle_source='policy' (is {self.particle_source!r}), flow_steps=0 (is {self.flow_steps}) and "
+                f"num_iterations=1 (is {self.num_iterations})"
             )
         if min(self.num_generations_eval, self.num_generations) < self.best_k or (
             self.target == "dpo" and self.num_generations_eval < 2
@@ -311,6 +357,11 @@ class VGFConfig(TrainingArguments):
                 f"steps_per_generation ({self.steps_per_generation}) must be a positive multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a generation phase feeds whole "
                 "optimizer steps"
+            )
+        if self.target == "advantage" and self.steps_per_generation != self.gradient_accumulation_steps:
+            raise ValueError(
+                f"target='advantage' needs new completions in every optimizer step: leave out steps_per_generation "
+                f"({self.steps_per_generation}), or set it to gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
         if self.auto_find_batch_size:
             raise ValueError(

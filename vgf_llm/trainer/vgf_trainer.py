@@ -47,21 +47,22 @@ from vgf_llm import __version__
 from vgf_llm.flow import TransportBudget, diagnostics
 from vgf_llm.text import VGFOutput, VGFSampler, tilt
 from vgf_llm.text.decode import row_keys
+from vgf_llm.text.sampler import Particles
 from vgf_llm.text.value import ValueModel
 
 from .checkpoints import RESUMED, SETTINGS_FILE, SaveOnSigterm, last_whole_checkpoint
 from .phases import PhaseOrder, PhaseSampler, PhaseStream
-from .replica import copy_weights, unsharded_loading, whole_copy
+from .replica import copy_weights, shard_layers, unsharded_loading, whole_copy
 from .rewards import RewardFunc, Rewards, Scores
-from .targets import dpo_loss, likelihood_loss, spread, target_weights, tilt_loss
+from .targets import dpo_loss, leave_one_out, likelihood_loss, residual_loss, spread, target_weights, tilt_loss
 from .vgf_config import VGFConfig
 
 
 T = TypeVar("T")
 
 
-# Particles on which a phase measures the fidelity of its gradient: one gradient and two scores of so many rows.
-FIDELITY_ROWS = 32
+# Particles on which the first phase after a log measures the fidelity of its gradient.
+FIDELITY_ROWS = 64
 
 
 class VGFTrainer(Trainer):
@@ -153,7 +154,7 @@ class VGFTrainer(Trainer):
         if processing_class is None:
             if not path:
                 raise ValueError("processing_class is required, the tokenizer of the model, where it has no path")
-            processing_class = AutoTokenizer.from_pretrained(path)
+            processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         with unsharded_loading():
@@ -193,6 +194,11 @@ class VGFTrainer(Trainer):
             if self._zero3:
                 args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}  # type: ignore[dict-item]
         self.rewards.to(args.device)
+        if args.reward_model_sharding:
+            if args.world_size == 1:
+                raise ValueError("reward_model_sharding needs several processes: start them with `accelerate launch`")
+            for term in self.rewards.differentiable:
+                shard_layers(term.reward, args.device)
         # After super().__init__, which moves the model to its device, and before an engine wraps it.
         self._whole: Any = whole_copy(model, args.device) if self._sharded and self.is_peft else None if self._sharded else model
         reference = self._whole if self.is_peft else whole_copy(model, args.device)
@@ -275,6 +281,7 @@ class VGFTrainer(Trainer):
             top_k=self.args.top_k,
             top_p=self.args.top_p,
             horizon=self.args.flow_horizon,
+            movers=self.args.flow_movers,
             flow_batch_size=self.args.flow_batch_size,
         )
 
@@ -350,7 +357,7 @@ class VGFTrainer(Trainer):
             if kl > self.args.policy_kl_cap:
                 batches, _ = self._everywhere(self._draw, rows, places, "pull back")
             self._metrics["train"]["pulled_back"] += [float(kl > self.args.policy_kl_cap)] * len(rows)
-        if self.rewards.value is not None and (self.args.flow_steps or self.args.target == "tilt"):
+        if self.rewards.value is not None and (self.args.flow_steps or self.args.target in ("tilt", "advantage")):
             self._fit_value(drawn.samples)
         # A phase feeds whole optimizer steps, so that the items of each are known before its first backward. Gradients are
         # averaged over processes, so that each divides by the mean over processes and not by the sum.
@@ -385,12 +392,14 @@ class VGFTrainer(Trainer):
             )
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
-            if not pull and not budget.is_zero:
+            # Once between two logs: it costs as much as a flow step.
+            if not pull and not budget.is_zero and "flow/fidelity" not in metrics:
                 self._measure_fidelity(sampler, prompt_ids, output, places[0])
             size = self.args.prompts_per_micro_batch
             parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-            batches = [self._collate(sampler, prompt_ids, output, part, scores, pull, ready) for part in parts]
-            ratio = self._source_ratio(source, prompt_ids, output) if self.args.particle_source == "policy" and not pull else None
+            own, known = self._initial_logprobs(source, prompt_ids, output)
+            batches = [self._collate(sampler, prompt_ids, output, part, scores, pull, ready, known) for part in parts]
+            ratio = own - torch.tensor([known[key] for key in _keys(output.initial)]) if source == "policy" else torch.zeros(0)
         seconds = {
             "particles": sampled - started - scores.seconds,
             "score": scores.seconds,
@@ -402,8 +411,7 @@ class VGFTrainer(Trainer):
             metrics[name] += logged
         if self.args.log_completions and not pull:
             self._write_completions(rows, places, output, scores)
-        drawn = Drawn(ratio if ratio is not None else torch.zeros(0), self._value_samples(prompt_ids, places, scores))
-        return batches, drawn
+        return batches, Drawn(ratio, self._value_samples(prompt_ids, places, scores))
 
     def _seed(self, place: int) -> int:
         return self.args.seed * 2**40 + place
@@ -417,8 +425,11 @@ class VGFTrainer(Trainer):
         scores: Scores,
         pull: bool,
         ready: bool,
+        known: dict[tuple[int, tuple[int, ...]], float],
     ) -> dict[str, Any]:
         """Targets from some prompts of a sampler's output, R = prompts * rows_per_prompt rows.
+
+        `known`: log-probabilities under the reference, of completions of prompts, that need not be computed again.
 
         Returns kind; prompt_ids, prompt_mask [R, P] padded on the left; completion_ids, completion_mask [R, T] padded on
         the right; weights, base_logprobs [R], the log-probability under the reference; num_items, what the loss is divided by
@@ -460,9 +471,18 @@ class VGFTrainer(Trainer):
         batch["weights"] = weights.flatten()
         batch["num_items"] = weights.sum() if kind == "dpo" else (batch["weights"] * lengths).sum()
         batch["num_tokens"] = (batch["prompt_mask"].sum() + batch["completion_mask"].sum()).to(weights)
-        with self._sampler("reference") as reference:
-            batch["base_logprobs"] = self._whole_logprobs(reference, batch)
-        if kind == "tilt":
+        keys = [(b, tuple(completion)) for b, completion in zip(owners, completions, strict=True)]
+        new = [row for row, key in enumerate(keys) if key not in known]
+        if new:
+            with self._sampler("reference") as reference:
+                names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+                logprobs = self._whole_logprobs(reference, {name: batch[name][new] for name in names})
+            known = known | {keys[row]: value for row, value in zip(new, logprobs.tolist(), strict=True)}
+        batch["base_logprobs"] = torch.tensor([known[key] for key in keys], device=self.args.device)
+        if kind == "advantage":
+            advantages = leave_one_out(rewards) / (self.args.target_temperature * spread(rewards)[:, None])
+            batch["advantages"] = advantages.gather(1, chosen).flatten().to(self.args.device)
+        if kind in ("tilt", "advantage"):
             alpha = self.args.target_temperature * spread(rewards).repeat_interleave(k)
             if pull or not (ready or self.rewards.differentiable):  # nothing to follow: the target is the base distribution
                 alpha = torch.full_like(alpha, torch.inf)
@@ -490,7 +510,7 @@ class VGFTrainer(Trainer):
             "completions/max_length": fitted.max(1).values,
             "completions/clipped_ratio": 1 - whole.view(-1, k).float().mean(1),
         }
-        if kind == "tilt" and not pull:
+        if kind in ("tilt", "advantage") and not pull:
             batch["metrics"]["target/kl"] = (batch["target_kl"].sum(1).view(-1, k) * share).sum(1)
         if self.args.log_completions and self.is_world_process_zero():
             batch["samples"] = [
@@ -550,15 +570,31 @@ class VGFTrainer(Trainer):
             "target_kl": torch.cat([piece.kl for piece in pieces]),
         }
 
-    def _source_ratio(self, source: str, prompt_ids: list[list[int]], output: VGFOutput) -> Tensor:
-        """`log pi - log mu` of every initial particle, summing to an unbiased estimate of KL(policy || reference)."""
-        completions = [c for row in output.initial.completion_ids for c in row]
-        owners = [ids for ids, row in zip(prompt_ids, output.initial.completion_ids, strict=True) for _ in row]
-        batch = self._pad(owners, completions)
-        with self._sampler(source) as policy:
-            own = self._whole_logprobs(policy, batch)
+    def _initial_logprobs(
+        self, source: str, prompt_ids: list[list[int]], output: VGFOutput
+    ) -> tuple[Tensor, dict[tuple[int, tuple[int, ...]], float]]:
+        """log p [B * N] of the initial particles under the model that drew them, and what is known of the reference.
+
+        The sampler has told its own where it says the same as a forward of the fit: not with top-k or top-p, and not in another
+        precision.
+        """
+        initial, told = output.initial, not (self.args.top_k or self.args.top_p < 1 or self.args.bf16 or self.args.fp16)
+        if source == "reference":
+            pools = (initial, output.transported) if told else ()
+            known = {
+                key: value for pool in pools for key, value in zip(_keys(pool), pool.logprobs.flatten().tolist(), strict=True)
+            }
+            return initial.logprobs.flatten().cpu(), known
+        owners = [ids for ids, row in zip(prompt_ids, initial.completion_ids, strict=True) for _ in row]
+        batch = self._pad(owners, [c for row in initial.completion_ids for c in row])
         with self._sampler("reference") as reference:
-            return own - self._whole_logprobs(reference, batch)
+            mu = self._whole_logprobs(reference, batch)
+        if told:
+            own = initial.logprobs.flatten()
+        else:
+            with self._sampler(source) as policy:
+                own = self._whole_logprobs(policy, batch)
+        return own.cpu(), dict(zip(_keys(initial), mu.tolist(), strict=True))
 
     @torch.no_grad()
     def _measure_fidelity(self, sampler: VGFSampler, prompt_ids: list[list[int]], output: VGFOutput, place: int) -> None:
@@ -671,9 +707,14 @@ class VGFTrainer(Trainer):
 
     def _losses(self, log_pi: Tensor, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
         """Loss [R] of every row, or [R / 2] of every pair, before it is divided by the items of the optimizer step."""
-        if batch["kind"] == "tilt":
+        if batch["kind"] in ("tilt", "advantage"):
             targets = tilt.TokenTargets(batch["target_ids"], batch["target_log_q"], batch["target_kl"])
-            return tilt_loss(log_pi, targets, batch["completion_mask"], batch["weights"])
+            loss = tilt_loss(log_pi, targets, batch["completion_mask"], batch["weights"])
+            if batch["kind"] == "tilt":
+                return loss
+            return loss + residual_loss(
+                log_pi, batch["completion_ids"], targets, batch["completion_mask"], batch["advantages"], batch["weights"]
+            )
         if batch["kind"] == "dpo":
             return dpo_loss(logprobs - batch["base_logprobs"], batch["weights"].view(-1, 2)[:, 0], self.args.dpo_beta)
         return likelihood_loss(logprobs, batch["weights"])
@@ -752,7 +793,7 @@ class VGFTrainer(Trainer):
             score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
             particles = sampler.sample(prompts, self.args.num_generations_eval, budget, length, seed=seed, scorer=score)
             prompt_ids = sampler.encode(prompts, length)
-            fitted = self._collate(sampler, prompt_ids, particles, slice(0, len(prompts)), scores, False, ready)
+            fitted = self._collate(sampler, prompt_ids, particles, slice(0, len(prompts)), scores, False, ready, {})
         with self._sampler("policy") as sampler:
             own = sampler.sample(prompts, 1, TransportBudget(steps=0), length, seed=seed, scorer=score)
         completions = [row[0] for row in own.initial.completion_ids]
@@ -967,6 +1008,11 @@ def flow_metrics(output: VGFOutput, part: slice, step_size: float) -> dict[str, 
     return metrics
 
 
+def _keys(particles: Particles) -> list[tuple[int, tuple[int, ...]]]:
+    """Prompt and completion of every particle [B * N]."""
+    return [(b, tuple(c)) for b, row in enumerate(particles.completion_ids) for c in row]
+
+
 def _no_reward(index: Tensor, *rows: Tensor) -> Tensor:
     return torch.zeros(len(index), device=index.device)
 
@@ -991,7 +1037,7 @@ def _load_policy(
     model: str | PreTrainedModel | PeftModel, args: VGFConfig, quantization_config: Any | None
 ) -> PreTrainedModel | PeftModel:
     if isinstance(model, str):
-        init_kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+        init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
         return AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
@@ -1034,11 +1080,12 @@ def _load_value_model(
 ) -> ValueModel:
     backbone: Any = policy
     if args.value_model is not None:
-        if AutoTokenizer.from_pretrained(args.value_model).get_vocab() != processing_class.get_vocab():
+        trust = args.trust_remote_code
+        if AutoTokenizer.from_pretrained(args.value_model, trust_remote_code=trust).get_vocab() != processing_class.get_vocab():
             raise ValueError(
                 f"value_model {args.value_model} has another vocabulary than the policy, in which its gradient is taken"
             )
-        backbone = AutoModelForCausalLM.from_pretrained(args.value_model, dtype="float32")
+        backbone = AutoModelForCausalLM.from_pretrained(args.value_model, dtype="float32", trust_remote_code=trust)
     elif getattr(policy, "is_quantized", False):
         raise ValueError("a quantized policy cannot be the backbone of the value model: set value_model to a path of one")
     elif isinstance(policy, PeftModel):
