@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,13 @@ SCALES = {
         student_steps=4,
     ),
     # What docs/method.md reports.
-    "full": Scale(Settings(), Plan(), prompts_per_seed=16, seeds=(0, 1, 2), student_steps=15),
+    "full": Scale(
+        Settings(trunk_pairs=40_000, content_pairs=3_000, content_edits=12_000),
+        Plan(),
+        prompts_per_seed=48,
+        seeds=(0, 1, 2),
+        student_steps=15,
+    ),
 }
 
 
@@ -94,21 +100,17 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
     rows: list[Row] = []
     for name, gold in reviews.GOLD.items():
         task = Task(name, gold, partial(_prompts, count=prompts, task=name), MAX_COMPLETION, None if name == "tone" else 0)
-        # Tone is a sum over positions: one decode of all particles with the tilt in force to the end moves it furthest. Order
-        # wants edits one at a time, and the best particles repay them. Chosen on the proxy of other prompts.
-        task_plan = replace(plan, rounds=1, movers=plan.num_particles) if name == "tone" else plan
         rows += measure_task(
             task,
             world.base,
             world.judge,
             world.rewards[name],
             seeds,
-            task_plan,
+            plan,
             calibration=world.calibration[name],
             log=log,
         )
-        if name == "content":
-            rows += _students(output_dir / "models", task, world, settings, plan, seeds, SCALES[scale].student_steps, log)
+        rows += _students(output_dir / "models", task, world, settings, plan, seeds, SCALES[scale].student_steps, log)
     report = {
         "rows": rows,
         "seconds": {"total": time.perf_counter() - started, "models": trained},
@@ -167,7 +169,8 @@ def _students(
                         flow_steps=flow_steps,
                         flow_step_size=plan.step_size,
                         flow_kl_budget=plan.kl_budget,
-                        flow_rounds=1,
+                        flow_rounds=plan.rounds,
+                        flow_movers=plan.movers,
                         flow_horizon=task.horizon,
                         flow_batch_size=64 * plan.num_particles,
                         per_device_train_batch_size=STUDENT_BATCH,

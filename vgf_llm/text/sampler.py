@@ -103,7 +103,7 @@ class VGFSampler:
             movers save them, and look for improvement among the best alone.
         likelihood_weight: w >= 0. A particle moves if `R + w sigma log mu` rises, the log density of mu exp(R / alpha) times
             alpha = w sigma. sigma, the standard deviation of the prompt's initial rewards, makes w independent of their scale.
-            0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.03: on the
+            0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.02: on the
             embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
 
@@ -125,7 +125,7 @@ class VGFSampler:
         candidates: int = 64,
         horizon: int | None = 0,
         movers: int | None = None,
-        likelihood_weight: float = 0.03,
+        likelihood_weight: float = 0.02,
         flow_batch_size: int = 32,
     ) -> None:
         if isinstance(model, (str, Path)):
