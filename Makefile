@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/vgf demo
 
+# A process per core, each with one thread: several threads on models this small spend their time waiting for each other.
 test: $(STAMP)
-	$(VENV)/bin/pytest --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --ignore tests/distributed --numprocesses logical --dist loadfile
 
 # Two real processes of every engine, on the CPU.
 test-distributed: $(STAMP)
