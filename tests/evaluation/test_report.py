@@ -39,6 +39,9 @@ FULL = {
     "verified": True,
     "reward_gold_population": -0.41,
     "kl_lower": 2.5,
+    "gold_over_best_of_n": 0.21,
+    "gold_over_best_of_n_low": -0.1,
+    "gold_over_best_of_n_high": 0.52,
 }
 ALL_METHODS = tuple(report.METHOD_NAMES)
 
@@ -61,14 +64,14 @@ def test_everything_fits_into_120_columns():
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 120
     assert all(name in text for name in report.METHOD_NAMES.values())
-    assert "-0.62 [-0.66, -0.58]" in text and "yes" in text and "-0.41" in text
+    assert "-0.62 [-0.66, -0.58]" in text and "yes" in text and "+0.21 [-0.10, +0.52]" in text
 
 
 def test_one_table_per_task_and_a_dash_for_what_is_not_known():
-    text = shown([row(), row(task="[b]reviews"), row("base", reward_gold=None, seeds=[1, 2])])
+    text = shown([row(), row(task="[b]reviews"), row("base", reward_gold=None)])
     assert text.index("e2e") < text.index("[b]reviews")
     base = next(line for line in text.splitlines() if line.startswith("base"))
-    assert " - " in base and base.split()[-1] == "2"
+    assert " - " in base and base.split()[-1] == "12346"
     with pytest.raises(ValueError, match=r"rows\[1\] has no 'task'"):
         shown([row(), {"method": "vgf"}])
     assert shown([]) == ""

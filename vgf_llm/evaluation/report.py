@@ -87,14 +87,13 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("N", _whole("num_particles")),
     ("gen.", _generations),
     ("L", _whole("steps")),
-    ("KL budget", _whole("kl_budget")),
+    ("KL cap", _whole("kl_budget")),
     ("rnd", _whole("rounds")),
     ("RMs", _whole("members")),
     ("ver", _verified),
     ("proxy", _number("reward_proxy", 2)),
     ("gold [95 %]", _gold),
     ("over BoN [95 %]", _over),
-    ("gold pop.", _number("reward_gold_population", 2)),
     ("KL nats", _number("kl_nats", 2)),
     ("KL ≥", _number("kl_lower", 2)),
     ("NLL base", _number("nll_base", 1)),
@@ -139,7 +138,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         table = Table(title=Text(str(task)), box=None, padding=(0, 1, 0, 0))
         for header in headers:
             right = header != "method"
-            words = header if header == "gold [95 %]" else header.replace(" ", "\n")
+            words = header if header.endswith("[95 %]") else header.replace(" ", "\n")
             table.add_column(Text(words), justify="right" if right else "left", no_wrap=True)
         for cells in body:
             table.add_row(*map(Text, cells))
