@@ -20,7 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) (?P<task>\S+) (?P<methods>[^>]+?) -->\n).*?(?P<end><!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- results: (?P<file>\S+) (?P<task>\S+) (?P<methods>[^>]+?) -->\n).*?(?P<end><!-- /results -->)", re.DOTALL
+)
 NAMES = {
     "vgf_random": "random direction",
     "vgf_flip": "flipped gradient",

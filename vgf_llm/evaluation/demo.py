@@ -68,7 +68,7 @@ SCALES = {
     "full": Scale(
         Settings(trunk_pairs=40_000, content_pairs=3_000, content_edits=12_000),
         Plan(),
-        prompts_per_seed=48,
+        prompts_per_seed=32,
         seeds=(0, 1, 2),
         student_steps=15,
     ),

@@ -225,19 +225,24 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) ->
 
 
 def over_best_of_n(measured: Measured, pool: Pool) -> Row:
-    """Gold above best-of-n at equal generations, on the same prompts: mean and 95 % interval of the paired difference.
+    """Gold above best-of-n on the same prompts, at equal generations and in equal time: mean and 95 % interval of the paired
+    difference.
 
-    n is the mean number of generations, rounded up in favour of best-of-n, and at most the pool.
+    n is what the generations, or the seconds, would have paid for, rounded up in favour of best-of-n and at most the pool.
     """
-    n = min(math.ceil(np.mean(measured.generations)), pool.proxy.shape[1])
-    baseline = best_of_n_curve(pool.proxy, pool.gold, [n])[:, 0].numpy()
-    low, high = paired_bootstrap_ci(measured.gold, baseline)
-    return {
-        "best_of_n_equal": n,
-        "gold_over_best_of_n": float(np.mean(measured.gold) - baseline.mean()),
-        "gold_over_best_of_n_low": low,
-        "gold_over_best_of_n_high": high,
-    }
+    size = pool.proxy.shape[1]
+    result: Row = {}
+    for key, n in (("", np.mean(measured.generations)), ("_in_equal_time", size * measured.seconds / pool.seconds)):
+        n = min(math.ceil(n), size)
+        baseline = best_of_n_curve(pool.proxy, pool.gold, [n])[:, 0].numpy()
+        low, high = paired_bootstrap_ci(measured.gold, baseline)
+        result |= {
+            f"equal_n{key}": n,
+            f"gold_over_best_of_n{key}": float(np.mean(measured.gold) - baseline.mean()),
+            f"gold_over_best_of_n{key}_low": low,
+            f"gold_over_best_of_n{key}_high": high,
+        }
+    return result
 
 
 NS = (1, 2, 4, 8, 16, 32, 64)

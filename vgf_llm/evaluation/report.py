@@ -4,7 +4,9 @@ A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_random, vgf_flip, v
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`,
-`kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `gold_over_best_of_n_low` and `_high`. A value may be absent or None; a table shows "-" there, and leaves out a column that no row fills.
+`kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `..._low` and `..._high`, of a paired difference at equal
+generations, and `gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a table shows "-" there, and
+leaves out a column that no row fills.
 """
 
 from __future__ import annotations

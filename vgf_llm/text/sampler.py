@@ -136,8 +136,8 @@ class VGFSampler:
         if processing_class.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`")
         for name, value, lowest in (
-            ("candidates", candidates, 1), ("flow_batch_size", flow_batch_size, 1), ("movers", movers, 1), ("horizon", horizon, 0),
-            ("likelihood_weight", likelihood_weight, 0),
+            ("candidates", candidates, 1), ("flow_batch_size", flow_batch_size, 1), ("movers", movers, 1),
+            ("horizon", horizon, 0), ("likelihood_weight", likelihood_weight, 0),
         ):  # fmt: skip
             if value is not None and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
