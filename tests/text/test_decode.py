@@ -641,6 +641,20 @@ def test_the_scale_grows_with_the_budget_and_ignores_the_unit_of_the_direction()
         torch.testing.assert_close(decode.solve_scale(log_mu, unit * direction, mask, 0.3) * unit, scales[2])
 
 
+@pytest.mark.parametrize("candidates", [1, 3, 9, 20])
+def test_all_but_the_candidates_are_one_event_without_a_change_of_kl(candidates):
+    for support in (0, 4):
+        log_mu = BaseDistribution(top_k=support).log_probs(2 * torch.randn(20, 4, 9))
+        ids, coarse = decode.coarse(log_mu, candidates)
+        torch.testing.assert_close(coarse.exp().sum(-1), torch.ones(20, 4))
+        assert ids.shape[-1] == coarse.shape[-1] - 1 == min(candidates, 9)
+        gain = torch.randn(ids.shape).masked_fill(log_mu.gather(-1, ids) == -torch.inf, 0.0)
+        direction = torch.zeros_like(log_mu).scatter(-1, ids, gain)
+        padded = torch.nn.functional.pad(gain, (0, 1))
+        whole, part = (decode.kl(decode.tilted(p, t), p) for p, t in ((log_mu, direction), (coarse, padded)))
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+
+
 def test_a_row_without_direction_gets_scale_zero_and_its_neighbours_are_unmoved():
     log_mu, direction = torch.randn(3, 4, 9).log_softmax(-1), torch.randn(3, 4, 9)
     direction[1] = 0

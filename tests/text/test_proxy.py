@@ -22,14 +22,14 @@ def world():
 def test_token_takes_the_gradient_where_the_particle_is(world):
     table, tokens, log_mu, mask = world
     particles = tokens + 0.1 * torch.randn_like(tokens)
-    assert torch.equal(evaluation_points(particles, tokens, log_mu, table, mask, "token", 2, 5), particles)
+    assert torch.equal(evaluation_points(particles, tokens, log_mu.exp() @ table, mask, "token", 2, 5), particles)
 
 
 def test_mixture_puts_an_unmoved_particle_on_the_mean_embedding_under_mu(world):
     table, tokens, log_mu, mask = world
     expected = sum(log_mu.exp()[..., v, None] * table[v] for v in range(V))
     for step in (0, 3):
-        points = evaluation_points(tokens, tokens, log_mu, table, mask, "mixture", step, 5)
+        points = evaluation_points(tokens, tokens, log_mu.exp() @ table, mask, "mixture", step, 5)
         torch.testing.assert_close(points[mask], expected[mask])
 
 
@@ -37,8 +37,8 @@ def test_a_displacement_is_carried_along_and_masked_positions_stay(world):
     table, tokens, log_mu, mask = world
     moved = tokens + torch.randn_like(tokens)
     for at in ("mixture", "path"):
-        unmoved = evaluation_points(tokens, tokens, log_mu, table, mask, at, 1, 4)
-        points = evaluation_points(moved, tokens, log_mu, table, mask, at, 1, 4)
+        unmoved = evaluation_points(tokens, tokens, log_mu.exp() @ table, mask, at, 1, 4)
+        points = evaluation_points(moved, tokens, log_mu.exp() @ table, mask, at, 1, 4)
         torch.testing.assert_close(points - moved, unmoved - tokens)
         assert torch.equal(points[~mask], moved[~mask])
 
@@ -46,9 +46,9 @@ def test_a_displacement_is_carried_along_and_masked_positions_stay(world):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_path_is_the_midpoint_rule_on_the_way_from_the_token_to_the_mixture(world, steps):
     table, tokens, log_mu, mask = world
-    mixture = evaluation_points(tokens, tokens, log_mu, table, mask, "mixture", 0, 1)
+    mixture = evaluation_points(tokens, tokens, log_mu.exp() @ table, mask, "mixture", 0, 1)
     for step in range(steps):
-        points = evaluation_points(tokens, tokens, log_mu, table, mask, "path", step, steps)
+        points = evaluation_points(tokens, tokens, log_mu.exp() @ table, mask, "path", step, steps)
         torch.testing.assert_close(points, torch.lerp(tokens, mixture, (2 * step + 1) / (2 * steps)))
 
 

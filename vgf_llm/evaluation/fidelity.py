@@ -46,10 +46,11 @@ def substitution_fidelity(
     tokens, table = reward.embed(ids), reward.table
     moves = mask & ~torch.isin(ids, sampler.eos_ids)
 
+    mixture = tables.log_mu.exp() @ table
     gradients: dict[GradientAt, Tensor] = {}
     at: GradientAt
     for at, steps in (("token", 1), ("mixture", 1), ("path", path_steps)):
-        points = (evaluation_points(tokens, tokens, tables.log_mu, table, moves, at, step, steps) for step in range(steps))
+        points = (evaluation_points(tokens, tokens, mixture, moves, at, step, steps) for step in range(steps))
         gradients[at] = torch.stack([reward.value_and_grad(prompt_ids, prompt_mask, p, mask)[1] for p in points]).mean(0)
 
     generator = torch.Generator().manual_seed(seed)

@@ -206,6 +206,17 @@ def kl(log_q: Tensor, log_mu: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_mu).masked_fill(log_mu == -torch.inf, 0.0)).sum(-1)
 
 
+def coarse(log_mu: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """The K = `candidates` likeliest tokens [..., K] of log_mu [..., V], and log mu [..., K + 1] of them and of all others as one
+    event.
+
+    A tilt that is constant over the others has the same KL on these K + 1 events as on all V tokens.
+    """
+    top, ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1)
+    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-30).log()
+    return ids, torch.cat([top, rest], -1).log_softmax(-1)
+
+
 def solve_scale(log_mu: Tensor, direction: Tensor, mask: Tensor, kl_budget: float, iterations: int = 24) -> Tensor:
     """The scale lam [R] at which tilting by `lam * direction` costs `sum_t KL(q_t || mu_t) = kl_budget` nats per row.
 

@@ -20,8 +20,7 @@ GradientAt = Literal["token", "mixture", "path"]
 def evaluation_points(
     particles: Tensor,
     tokens: Tensor,
-    log_mu: Tensor,
-    table: Tensor,
+    mixture: Tensor,
     mask: Tensor,
     at: GradientAt,
     step: int,
@@ -32,12 +31,11 @@ def evaluation_points(
     "token": not at all. "mixture": all the way. "path": a share that grows from step to step, the midpoint rule for the
     integral of the gradient along the line between them.
 
-    tokens [R, T, D] embeddings of the completion, log_mu [R, T, V], table [V, D], mask [R, T].
+    tokens [R, T, D] embeddings of the completion, mixture [R, T, D] `sum_v mu_t(v) E_v`, mask [R, T].
     """
     if at == "token":
         return particles
     share = 1.0 if at == "mixture" else (step + 0.5) / steps
-    mixture = log_mu.exp() @ table
     return particles + torch.where(mask[..., None], share * (mixture - tokens), 0.0)
 
 

@@ -299,11 +299,10 @@ class VGFSampler:
         tables = decode.read(self.model, prompt_ids, prompt_mask, ids, mask, self.base)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
+        mixture = tables.log_mu.exp() @ table
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            points = evaluation_points(
-                particles.flatten(0, 1), tokens, tables.log_mu, table, moves, self.gradient_at, step, budget.steps
-            )
+            points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
             values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
@@ -313,11 +312,10 @@ class VGFSampler:
         flowed = transport(start, score_fn, budget, mask=moves.view(*shape, -1))
         displacement = (flowed.particles - start).flatten(0, 1)
         advantage = token_advantages(displacement, tables.log_mu, table, moves, self._neutral)
-        if self.candidates < advantage.shape[-1]:
-            kth = tables.log_mu.topk(self.candidates, -1).values[..., -1:]
-            advantage = advantage.masked_fill(tables.log_mu < kth, 0.0)
-        scale = decode.solve_scale(tables.log_mu, advantage, moves, budget.kl_budget)
-        tilt = scale[:, None, None] * advantage
+        candidates, coarse = decode.coarse(tables.log_mu, self.candidates)
+        gain = advantage.gather(-1, candidates)
+        scale = decode.solve_scale(coarse, torch.nn.functional.pad(gain, (0, 1)), moves, budget.kl_budget)
+        tilt = torch.zeros_like(advantage).scatter(-1, candidates, scale[:, None, None] * gain)
         moved = decode.redecode(
             self.model, prompt_mask, state.ids, state.mask, tables, tilt, keys,
             base=self.base, eos_ids=self.eos_ids, pad_id=self._pad, horizon=self.horizon,

@@ -54,12 +54,9 @@ def token_targets(
         kl_cap: nats that one token may spend.
     """
     log_mu, advantage, moves = _advantages(sampler, prompt_ids, prompt_mask, ids, mask)
-    K = min(sampler.candidates, log_mu.shape[-1])
-    top, candidates = log_mu.topk(K, -1)
     # What is not a candidate is one event with advantage 0: a target over candidates alone would empty the tail.
-    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-30).log()
-    coarse = torch.cat([top, rest], -1).log_softmax(-1)
-    gain = torch.cat([advantage.gather(-1, candidates), torch.zeros_like(rest)], -1)
+    candidates, coarse = decode.coarse(log_mu, sampler.candidates)
+    gain = torch.nn.functional.pad(advantage.gather(-1, candidates), (0, 1))
     # Every position is a row of its own here: the cap holds per token.
     flat = (coarse.flatten(0, 1)[:, None], gain.flatten(0, 1)[:, None], moves.flatten()[:, None])
     cap = decode.solve_scale(*flat, kl_cap).view(moves.shape)
@@ -101,7 +98,7 @@ def _advantages(
     log_mu = decode.read(sampler.model, prompt_ids, prompt_mask, ids, mask, sampler.base).log_mu
     tokens, table = sampler.reward.embed(ids), sampler.reward.table
     moves = mask & ~torch.isin(ids, sampler.eos_ids)
-    points = evaluation_points(tokens, tokens, log_mu, table, moves, sampler.gradient_at, 0, 1)
+    points = evaluation_points(tokens, tokens, log_mu.exp() @ table, moves, sampler.gradient_at, 0, 1)
     _, gradient = sampler.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
     neutral = torch.cat([sampler.eos_ids, sampler.eos_ids.new_tensor([sampler.processing_class.pad_token_id])])
     return log_mu, token_advantages(gradient, log_mu, table, moves, neutral), moves

@@ -1,0 +1,284 @@
+"""What a transported particle costs beside a sampled one: seconds of every stage, and how they grow.
+
+    python -m benchmarks.speed                     small random models, on whatever torch finds
+    python -m benchmarks.speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 80 GB
+
+Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
+end at the limit only. Stages are timed inside `VGFSampler.sample`: drawing the particles, reading them in one forward,
+gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios are of
+runs in turns.
+
+Writes benchmarks/results/speed.json (speed_cuda.json on a GPU) and docs/img/speed.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
+
+from vgf_llm.evaluation.report import write_atomically, write_report
+from vgf_llm.flow import TransportBudget
+from vgf_llm.text import DifferentiableReward, VGFSampler, decode
+
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("sample", "read", "flow", "decode again", "score")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked for: N particles of length T for so many prompts of length P, moved with L steps."""
+
+    prompts: int = 8
+    num_particles: int = 8
+    prompt_length: int = 32
+    length: int = 64
+    steps: int = 5
+    kl_budget: float = 1.0
+    rounds: int = 1
+    movers: int | None = None
+
+
+PRESETS: dict[str, tuple[dict[str, int], Load]] = {
+    "small": ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}, Load()),
+    "2.8b": (
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32},
+        Load(prompts=16, prompt_length=512, length=128),
+    ),
+}
+VOCABULARY = {"small": 2048, "2.8b": 50_254}
+GRIDS: dict[str, tuple[int, ...]] = {
+    "num_particles": (1, 2, 4, 8, 16, 32, 64),
+    "length": (32, 64, 128, 256, 512, 1024),
+    "steps": (0, 1, 2, 4, 8, 16),
+    "prompts": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+}
+
+
+def build(shape: Mapping[str, int], words: int, device: str, members: int) -> tuple[VGFSampler, list[str]]:
+    """A sampler over random models, and the words of its vocabulary."""
+    names = [f"w{i}" for i in range(words)]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *names])}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, num_labels=1, **shape
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(config).to(dtype).eval()
+        rewards = [GPTNeoXForSequenceClassification(config).to(dtype).eval() for _ in range(members)]
+    # Never the end of a sequence: all completions have the same length.
+    model.get_output_embeddings().register_forward_hook(_no_end)
+    return VGFSampler(model, DifferentiableReward(rewards, tokenizer), tokenizer, flow_batch_size=10**6), names
+
+
+def _no_end(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits.index_fill(-1, torch.tensor([0, 1], device=logits.device), -1e4)
+
+
+@contextmanager
+def timed(sampler: VGFSampler) -> Iterator[dict[str, float]]:
+    """Seconds by stage of whatever `sampler` does meanwhile."""
+    seconds = dict.fromkeys(STAGES, 0.0)
+
+    def clocked(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = now(sampler.model.device)
+            result = function(*args, **kwargs)
+            seconds[stage] += now(sampler.model.device) - started
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, attribute, stage in (
+            (decode, "sample", "sample"),
+            (decode, "read", "read"),
+            (sampler.reward, "value_and_grad", "flow"),
+            (decode, "redecode", "decode again"),
+            (sampler.reward, "score_ids", "score"),
+        ):
+            stack.enter_context(patch.object(owner, attribute, clocked(stage, getattr(owner, attribute))))
+        yield seconds
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(sampler: VGFSampler, words: list[str], load: Load, repeats: int) -> dict[str, Any]:
+    """Smallest total of `repeats` runs, with its stages, tokens decoded and peak memory (GPU only)."""
+    prompts = [" ".join(words[(i * 31 + j) % len(words)] for j in range(load.prompt_length)) for i in range(load.prompts)]
+    budget = TransportBudget(steps=load.steps, step_size=0.5, kl_budget=load.kl_budget, rounds=load.rounds)
+    sampler.movers = load.movers
+    device, best = sampler.model.device, None
+    for repeat in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with timed(sampler) as seconds:
+            started = now(device)
+            output = sampler.sample(prompts, load.num_particles, budget, load.length, seed=repeat)
+            total = now(device) - started
+        if best is None or total < best["total"]:
+            best = {
+                "total": total,
+                **seconds,
+                "other": total - sum(seconds.values()),
+                "generations": float(output.generations.mean()),
+            }
+            if device.type == "cuda":
+                best["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    assert best is not None
+    return best
+
+
+def floors(device: str) -> dict[str, float]:
+    """Measured peak of a large product in TFLOP/s, and bandwidth of a large copy in GB/s."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    big = torch.empty(2**28 if device == "cuda" else 2**25, device=device)
+    times: dict[str, float] = {}
+    for name, work in (("product", lambda: a @ a), ("copy", lambda: big.clone())):
+        seconds = []
+        for _ in range(10):
+            started = now(a.device)
+            work()
+            seconds.append(now(a.device) - started)
+        times[name] = min(seconds)
+    return {"tflops": 2 * size**3 / times["product"] / 1e12, "gb_per_s": 2 * big.nbytes / times["copy"] / 1e9}
+
+
+def shares(sampler: VGFSampler, load: Load, measured: Mapping[str, float], floor: Mapping[str, float]) -> dict[str, float]:
+    """Flow as a share of the matmul peak; sampling as a share of what reading the weights once per token would take.
+
+    The flow of a member is a forward and a backward to its inputs, 4 FLOPs per weight and token: no gradient of a weight.
+    """
+    members = sampler.reward.members
+    weights = sum(p.numel() for m in members for n, p in m.named_parameters() if "embed" not in n)
+    tokens = load.prompts * load.num_particles * (load.prompt_length + load.length)
+    flop = 4 * weights * tokens * load.steps * load.rounds
+    bytes_read = sum(p.nbytes for n, p in sampler.model.named_parameters() if "embed_in" not in n) * load.length
+    return {
+        "flow_of_peak": flop / (floor["tflops"] * 1e12) / measured["flow"],
+        "sampling_of_bandwidth": bytes_read / (floor["gb_per_s"] * 1e9) / measured["sample"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--members", type=int, default=1, help="reward models")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--largest", type=int, default=10**9, help="leave out larger values of every grid")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, load = PRESETS[args.preset]
+    sampler, words = build(shape, VOCABULARY[args.preset], device, args.members)
+    measure(sampler, words, replace(load, length=8), 1)  # warm up
+
+    vgf16 = replace(load, rounds=7, movers=2, steps=1)
+    cases = {
+        "one round, all particles": load,
+        "one round, all particles, L = 1": replace(load, steps=1),
+        "seven rounds of two movers, L = 1": vgf16,
+        "best-of-64": replace(load, num_particles=64, steps=0),
+        "best-of-N": replace(load, steps=0),
+    }
+    stages: dict[str, Any] = {}
+    for _ in range(args.repeats):  # in turns
+        for name, case in tqdm(cases.items(), desc="stages", leave=False):
+            found = measure(sampler, words, case, 1)
+            if name not in stages or found["total"] < stages[name]["total"]:
+                stages[name] = found
+    grids: dict[str, list[dict[str, Any]]] = {}
+    for field, whole in GRIDS.items():
+        # The two smallest stay, so that every line has two ends.
+        values = [value for index, value in enumerate(whole) if index < 2 or value <= args.largest]
+        small = replace(load, prompts=2, num_particles=4) if field != "prompts" else replace(load, num_particles=4)
+        grids[field] = [
+            {field: value, **measure(sampler, words, replace(small, **{field: value}), args.repeats)}
+            for value in tqdm(values, desc=field, leave=False)
+        ]
+    floor = floors(device)
+    drawn = stages["best-of-N"]
+    moving = {n: s["total"] - drawn["total"] for n, s in stages.items() if not n.startswith("best")}
+    report = {
+        "preset": args.preset,
+        "load": asdict(load),
+        "members": args.members,
+        "stages": stages,
+        "ratios": {
+            **{f"moving / sampling: {name}": seconds / drawn["sample"] for name, seconds in moving.items()},
+            "seven rounds of two movers / best-of-64": stages["seven rounds of two movers, L = 1"]["total"]
+            / stages["best-of-64"]["total"],
+        },
+        "floors": floor,
+        "shares": shares(sampler, load, stages["one round, all particles"], floor),
+        "grids": grids,
+        "machine": {
+            "processor": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    name = "speed.json" if device == "cpu" else "speed_cuda.json"
+    write_report(ROOT / "benchmarks" / "results" / name, report)
+    plot(grids, ROOT / "docs" / "img" / name.replace("json", "png"))
+    show(report, Console())
+
+
+def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Seconds of every stage against each size, on logarithmic axes, where a line of slope one is a cost per unit."""
+    import io
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = {"num_particles": "particles N", "length": "completion length T", "steps": "flow steps L", "prompts": "prompts"}
+    for ax, (field, points) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
+        for stage in STAGES:
+            ax.plot([p[field] for p in points], [p[stage] for p in points], marker="o", markersize=3, label=stage)
+        ax.set(xlabel=labels[field], ylabel="seconds" if field == "num_particles" else None)
+        if field != "steps":
+            ax.set(xscale="log", yscale="log")
+        ax.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=f"seconds ({report['machine']['processor']}, {report['machine']['threads']} threads)", box=None)
+    table.add_column("")
+    for column in (*STAGES, "other", "total", "generations"):
+        table.add_column(column, justify="right")
+    for name, found in report["stages"].items():
+        table.add_row(name, *(f"{found[c]:.2f}" for c in (*STAGES, "other", "total", "generations")))
+    console.print(table)
+    console.print(json.dumps({**report["ratios"], **report["shares"]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
