@@ -32,7 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    PreTrainedTokenizerFast,
+)
 
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.flow import TransportBudget
@@ -80,13 +85,12 @@ def build(shape: Mapping[str, int], words: int, device: str, members: int) -> tu
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, num_labels=1, **shape
-    )
+    settings: dict[str, Any] = {"max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, **shape}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), **settings)
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPTNeoXForCausalLM(config).to(dtype).eval()
-        rewards = [GPTNeoXForSequenceClassification(config).to(dtype).eval() for _ in range(members)]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        rewards = [AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval() for _ in range(members)]
     # Never the end of a sequence: all completions have the same length.
     model.get_output_embeddings().register_forward_hook(_no_end)
     return VGFSampler(model, DifferentiableReward(rewards, tokenizer), tokenizer, flow_batch_size=10**6), names
