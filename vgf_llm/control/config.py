@@ -51,8 +51,8 @@ class AgentConfig:
         amortised: climb a network f(s, a) fitted to grad_a Q at the data instead of Q itself.
         anchor: tau of a proximal term `-|a - a0|^2 / (2 tau)` added to the value that is climbed, in units of squared
             action per unit of Q. Default None: the budget alone holds particles back.
-        precision: "bf16" computes behaviour samples and transport during updates in bfloat16, "fp32" nothing. Losses,
-            targets, weights and acting stay in float32.
+        precision: "bf16" computes behaviour samples, transport and the target critic during updates in bfloat16, but for
+            their last layers; "fp32" nothing. Losses, weights and acting stay in float32.
         expectile: of IQL's value.
         advantage_weight: inverse temperature of IQL's policy, in 1 / units of Q.
         distill_weight: alpha of FQL. Per task in its authors' repository.
