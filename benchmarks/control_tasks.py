@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -129,19 +130,52 @@ def pendulum(updates: int = 1500, episodes: int = 20) -> dict[str, Any]:
     return {"updates": updates, "episodes": episodes, "logged": logged, "runs": rows}
 
 
-def online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
-    """Offline, then online with exploration at L = 2: scores along the way."""
-    agent = dataclasses.replace(PENDULUM, explore=TWO)
-    config = TrainConfig(
-        env="pendulum", agent=agent, reward_scale=0.1, seeds=SEEDS, updates=updates, online_steps=steps, online_start=500,
-        eval_every=250, eval_episodes=20, eval_steps=(0, 2), log_every=500, save_every=0, device="cpu",
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean of the seeds and its 95 % interval by Student's t."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    half = t * stdev(values) / len(values) ** 0.5
+    return {"mean": mean(values), "low": mean(values) - half, "high": mean(values) + half}
+
+
+# How a batch is drawn online, beside as many updates without any new transition.
+ONLINE_RUNS: dict[str, dict[str, Any]] = {
+    "symmetric replay": {"online_share": 0.5},
+    "uniform replay": {},
+    "offline goes on": {"online_steps": 0},
+}
+
+
+def online_study(base: TrainConfig, ylabel: str) -> dict[str, Any]:
+    """Each of `ONLINE_RUNS`: scores along the way, and by seed what the last evaluation gained on that at the switch."""
+    rows: dict[str, Any] = {}
+    for name, changes in ONLINE_RUNS.items():
+        config = dataclasses.replace(base, **changes)
+        if not config.online_steps:
+            config = dataclasses.replace(config, updates=base.updates + base.online_steps)
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, folder, say=lambda line: print(line, flush=True))
+            scores = read_scores(Path(folder) / "scores.csv")
+        gains = {k: [b - a for a, b in zip(c[base.updates], c[max(c)], strict=True)] for k, c in scores.items()}
+        rows[name] = {
+            "scores": {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()},
+            "gain": {str(k): {"seeds": gain, **interval(gain)} for k, gain in gains.items()},
+        }
+        print(name, {k: [round(x, 1) for x in gain] for k, gain in gains.items()}, flush=True)
+        if name == "symmetric replay":
+            plot_learning(scores, IMAGES / f"control_{base.env.split('-')[0]}_online.png", base.updates, ylabel)
+    return {"updates": base.updates, "online_steps": base.online_steps, "episodes": base.eval_episodes, "runs": rows}
+
+
+def online(updates: int = 1500, steps: int = 3000) -> dict[str, Any]:
+    """Pendulum: offline, then online with exploration at L = 2."""
+    return online_study(
+        TrainConfig(
+            env="pendulum", agent=dataclasses.replace(PENDULUM, explore=TWO), reward_scale=0.1, seeds=SEEDS, updates=updates,
+            online_steps=steps, online_start=500, eval_every=750, eval_episodes=40, eval_steps=(0, 2, 5), log_every=750,
+            save_every=0, device="cpu",
+        ),
+        "return",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        train(config, folder, say=lambda line: print(line, flush=True))
-        scores = read_scores(Path(folder) / "scores.csv")
-    plot_learning(scores, IMAGES / "control_online.png", updates, "return")
-    curves = {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()}
-    return {"updates": updates, "online_steps": steps, "episodes": 20, "scores": curves}
 
 
 def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def test_data_that_cannot_be_had(tmp_path, monkeypatch):
         ({"env": "pendulum", "updates": -1}, "updates"),
         ({"env": "pendulum", "seeds": [1, 1]}, "different integers"),
         ({"env": "pendulum", "eval_steps": []}, "best-of-N"),
+        ({"env": "pendulum", "online_share": 1.5}, "uniform draws"),
         ({"env": "pendulum", "success_timing": "never"}, "pre or post"),
         ({"env": "pendulum", "agent": {"rule": "sign"}}, "rule must be one of"),
     ],

@@ -127,8 +127,7 @@ class StackedMLP(nn.Module):
                 members = [x.relu_() for x in members]
             weights, biases = self.weights[layer].unbind(), self.biases[layer].unbind()
             members = [
-                torch.addmm(bias, x.to(weight.dtype), weight)
-                for x, weight, bias in zip(members, weights, biases, strict=True)
+                torch.addmm(bias, x.to(weight.dtype), weight) for x, weight, bias in zip(members, weights, biases, strict=True)
             ]
         return torch.stack(members)
 

@@ -49,6 +49,8 @@ class TrainConfig:
         online_steps: environment steps per seed after them, each with `updates_per_step` updates.
         online_start: steps that are collected before the first of these updates.
         updates_per_step: see there.
+        online_share: of each batch online that is drawn from collected transitions. 0.5 is RLPD's symmetric sampling; default
+            None, the authors': uniform over the data set and what is collected.
         eval_every: updates between evaluations. 0: only at the end of each phase.
         eval_episodes: per seed and budget.
         eval_steps: the values of L_test; each changes the steps of `agent.test`.
@@ -71,6 +73,7 @@ class TrainConfig:
     online_steps: int = 0
     online_start: int = 5000
     updates_per_step: int = 1
+    online_share: float | None = None
     eval_every: int = 100_000
     eval_episodes: int = 50
     eval_steps: tuple[int, ...] = (0, 1, 2, 3)
@@ -88,6 +91,8 @@ class TrainConfig:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {number!r}")
+        if self.online_share is not None and not 0 < self.online_share <= 1:
+            raise ValueError(f"online_share must lie in (0, 1], or be None for uniform draws, got {self.online_share!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {self.seeds!r}")
         if not self.eval_steps:
@@ -375,7 +380,7 @@ def train(
 
             log.run(UpdateLoop(agent, plain_buffer, graph, fit_behaviour), prepare, evaluating=False)
         particles = cache_particles(agent, columns["next_obs"]) if prepare and isinstance(agent, VGFAgent) else None
-        buffer = ReplayBuffer(columns, len(config.seeds), device, config.online_steps, particles)
+        buffer = ReplayBuffer(columns, len(config.seeds), device, config.online_steps, particles, config.online_share)
         loop = UpdateLoop(agent, buffer, graph)
         if agent.updates < offline:
             log.run(loop, offline)
