@@ -140,8 +140,8 @@ def interval(values: list[float]) -> dict[str, float]:
 # How a batch is drawn online, beside as many updates without any new transition.
 ONLINE_RUNS: dict[str, dict[str, Any]] = {
     "symmetric replay": {"online_share": 0.5},
-    "uniform replay": {},
     "offline goes on": {"online_steps": 0},
+    "uniform replay": {},
 }
 
 
@@ -160,7 +160,7 @@ def online_study(base: TrainConfig, ylabel: str) -> dict[str, Any]:
             "scores": {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()},
             "gain": {str(k): {"seeds": gain, **interval(gain)} for k, gain in gains.items()},
         }
-        print(name, {k: [round(x, 1) for x in gain] for k, gain in gains.items()}, flush=True)
+        print(name, json.dumps(rows[name]), flush=True)
         if name == "symmetric replay":
             plot_learning(scores, IMAGES / f"control_{base.env.split('-')[0]}_online.png", base.updates, ylabel)
     return {"updates": base.updates, "online_steps": base.online_steps, "episodes": base.eval_episodes, "runs": rows}
@@ -170,12 +170,68 @@ def online(updates: int = 1500, steps: int = 3000) -> dict[str, Any]:
     """Pendulum: offline, then online with exploration at L = 2."""
     return online_study(
         TrainConfig(
-            env="pendulum", agent=dataclasses.replace(PENDULUM, explore=TWO), reward_scale=0.1, seeds=SEEDS, updates=updates,
-            online_steps=steps, online_start=500, eval_every=750, eval_episodes=40, eval_steps=(0, 2, 5), log_every=750,
-            save_every=0, device="cpu",
+            env="pendulum", agent=dataclasses.replace(PENDULUM, explore=TWO, acting_critic="target"), reward_scale=0.1,
+            seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=750, eval_episodes=40,
+            eval_steps=(0, 2, 5), log_every=750, save_every=0, device="cpu",
         ),
         "return",
     )  # fmt: skip
+
+
+@torch.no_grad()
+def maze_budgets(agent: Any, data: OfflineDataset, name: str, episodes: int) -> list[dict[str, Any]]:
+    """Where test-time budgets lead in a maze, by budget: scores by seed, and means over seeds of
+
+    `progress`: of the chosen action along the shortest path, at 300 states of the data (an action has at most length sqrt(2)),
+    `predicted_gain`: rise of Q over the start there, `clipped`: coordinates at the border there,
+    `off_data`: share of up to 300 steps of one episode for each seed farther than 0.5, an eighth of a cell, from
+    every state of the data.
+    """
+    draw = torch.Generator().manual_seed(0)
+    states = data.obs[torch.randperm(len(data), generator=draw)[:300]]
+    maze = make_env(name)
+    maze.reset(seed=0)
+    inner = maze.unwrapped
+    ways = [torch.as_tensor(inner.get_oracle_subgoal(s, inner.cur_goal_xy)[0]) - s for s in states.numpy()]
+    ways = torch.nn.functional.normalize(torch.stack(ways).float(), dim=-1)
+    seeds = len(agent.seeds)
+    expanded = states.expand(seeds, -1, -1)
+    start = agent.propose(expanded, torch.randn(seeds, 300, agent.config.num_particles, 2, generator=draw))
+    before = agent.carry(expanded, start, STILL).values
+    rows = []
+    for steps, size in ((0, 0.2), (1, 0.02), (1, 0.05), (1, 0.2), (3, 0.02), (3, 0.05), (3, 0.2), (3, 0.3)):
+        budget = TransportBudget(steps=steps, step_size=size, normalize="none")
+        moved = agent.carry(expanded, start, budget)
+        chosen = moved.particles[torch.arange(seeds * 300), moved.values.argmax(1)]
+        env = make_vector_env(name, slots(agent, 1, episodes, 10**6), processes=False)
+        result = evaluate(agent, name, env, [budget], episodes)
+        env.close()
+        env = make_vector_env(name, seeds, processes=False)
+        obs, visited = env.reset(seed=list(range(seeds)))[0], []
+        going = torch.ones(seeds, dtype=torch.bool)
+        for _ in range(300):
+            at = torch.as_tensor(obs, dtype=torch.float32)
+            visited += [at[going]]
+            obs, _, terminated, _, _ = env.step(agent.act(at[:, None], budget)[:, 0].numpy())
+            going &= ~torch.from_numpy(terminated)
+            if not going.all():  # a maze that has been solved waits
+                obs = env.reset(seed=list(range(seeds)), options={"reset_mask": (~going).numpy()})[0]
+        env.close()
+        nearest = torch.cat([torch.cdist(part, data.obs).amin(1) for part in torch.cat(visited).split(200)])
+        rows.append(
+            {
+                "steps": steps,
+                "step_size": size,
+                "scores": result.scores[:, 0].mean(-1).tolist(),
+                "lengths": result.lengths[:, 0].mean(-1).tolist(),
+                "progress": (chosen * ways.repeat(seeds, 1)).sum(-1).mean().item(),
+                "predicted_gain": (moved.values - before).mean().item(),
+                "clipped": (moved.particles.abs() >= 1).float().mean().item(),
+                "off_data": (nearest > 0.5).float().mean().item(),
+            }
+        )
+        print({k: v if isinstance(v, list) else round(v, 3) for k, v in rows[-1].items()}, flush=True)
+    return rows
 
 
 def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
@@ -209,7 +265,8 @@ def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
             shown = [dataclasses.replace(base.test, steps=k) for k in (0, 1, 3, 5)]
             state = torch.tensor([8.0, 20.0])  # the start's lower neighbour: the way on is to the left
             plot_particles(agent, state, shown, IMAGES / "control_pointmaze_particles.png")
-    return {"env": name, "updates": updates, "episodes": episodes, "data": manifest, "runs": rows}
+            budgets = maze_budgets(agent, data, name, 5)
+    return {"env": name, "updates": updates, "episodes": episodes, "data": manifest, "runs": rows, "budgets": budgets}
 
 
 def main() -> None:

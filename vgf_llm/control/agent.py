@@ -132,6 +132,11 @@ class Agent(nn.Module, ABC):
 
     # Acting
 
+    @property
+    def acting_critic(self) -> Critic | None:
+        """The critic that actions are chosen by; None in behaviour cloning."""
+        return self.critic if self.config.acting_critic == "online" else self.target_critic
+
     def propose(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Proposals [S, B, N, D] of the algorithm at obs [S, B, obs_dim], before any transport."""
         return self.behaviour.sample(obs, noise)
@@ -152,8 +157,8 @@ class Agent(nn.Module, ABC):
         Args:
             obs, particles: see above.
             budget: how far.
-            climbed: the network that gives the score, if not the agent's own.
-            with_values: evaluate the agent's critic, aggregated as for targets, at the end.
+            climbed: the network that gives the score, if not the critic that acts.
+            with_values: evaluate the critic that acts, aggregated as for targets, at the end.
             check_finite: see `flow.transport`.
 
         Returns:
@@ -173,12 +178,12 @@ class Agent(nn.Module, ABC):
                 score_fn = self._score(obs, start, climbed)
         else:
             score_fn = _no_score
-        own, value_fn = self.critic, None
-        if with_values and own is not None:
-            context = own.context(obs)
+        judge, value_fn = self.acting_critic, None
+        if with_values and judge is not None:
+            context = judge.context(obs)
 
             def value_fn(a: Tensor) -> Tensor:
-                return aggregate(own(context, a.unflatten(0, (S, B))), self.config.critic_aggregate).flatten(0, 1)
+                return aggregate(judge(context, a.unflatten(0, (S, B))), self.config.critic_aggregate).flatten(0, 1)
 
         return transport(
             start,
@@ -192,7 +197,7 @@ class Agent(nn.Module, ABC):
 
     def _score(self, obs: Tensor, start: Tensor, climbed: Critic | StackedMLP | None) -> Any:
         """Score function of the value that is climbed: Q, less the proximal term if there is an anchor."""
-        critic = climbed or self.critic
+        critic = climbed or self.acting_critic
         assert critic is not None
         context = critic.context(obs)
         S, B = obs.shape[:2]

@@ -135,6 +135,11 @@ class OfflineDataset:
                 f"{path}: observations are {arrays['observations'].shape}, the environment's have size {size}: "
                 "the file belongs to another environment"
             )
+        if arrays["actions"].shape[1:] != env.action_space.shape:
+            raise ValueError(
+                f"{path}: actions are {arrays['actions'].shape}, the environment's have shape {env.action_space.shape}: "
+                "the file belongs to another environment"
+            )
         count = len(arrays["observations"])
         if wrong := [f"{name} {len(a)}" for name, a in arrays.items() if len(a) != count]:
             raise ValueError(f"{path}: columns differ in length: observations {count}, {', '.join(wrong)}")

@@ -24,7 +24,7 @@ from .datasets import OfflineDataset, ReplayBuffer
 from .environments import VectorEnv, make_env, make_vector_env
 from .evaluation import Evaluation, evaluate, slots
 from .networks import SeededNoise
-from .pendulum import collect
+from .pendulum import PendulumVectorEnv, collect
 
 
 OGBENCH_FOLDER = Path("~/.ogbench/data")
@@ -149,15 +149,30 @@ def load_dataset(config: TrainConfig) -> OfflineDataset:
     if source is None and "singletask" not in config.env:
         raise ValueError(f"name the data set of {config.env!r}: an .npz or .hdf5 file, or minari:NAME")
     if source is not None and source.startswith("minari:"):
-        return OfflineDataset.from_minari(source.removeprefix("minari:"))
-    if source is not None and source.endswith((".hdf5", ".h5")):
-        return OfflineDataset.from_d4rl_hdf5(Path(source).expanduser())
-    path = fetch_ogbench(config.env) if source is None else Path(source).expanduser()
-    env = make_env(config.env, success_timing=config.success_timing)
-    try:
-        return OfflineDataset.from_ogbench_npz(path, env)
-    finally:
-        env.close()
+        data = OfflineDataset.from_minari(source.removeprefix("minari:"))
+    elif source is not None and source.endswith((".hdf5", ".h5")):
+        data = OfflineDataset.from_d4rl_hdf5(Path(source).expanduser())
+    else:
+        path = fetch_ogbench(config.env) if source is None else Path(source).expanduser()
+        env = make_env(config.env, success_timing=config.success_timing)
+        try:
+            return OfflineDataset.from_ogbench_npz(path, env)
+        finally:
+            env.close()
+    # Before the first update, not at the first evaluation.
+    sizes = (PendulumVectorEnv.obs_dim, PendulumVectorEnv.action_dim) if config.env == "pendulum" else _sizes(config.env)
+    if sizes != (data.obs_dim, data.action_dim):
+        raise ValueError(
+            f"{source} has observations and actions of size {data.obs_dim} and {data.action_dim}, {config.env!r} of size "
+            f"{sizes[0]} and {sizes[1]}: the data belong to another environment"
+        )
+    return data
+
+
+def _sizes(name: str) -> tuple[int, int]:
+    env = make_env(name)
+    env.close()
+    return int(np.prod(env.observation_space.shape)), int(np.prod(env.action_space.shape))
 
 
 def fetch_ogbench(name: str, folder: str | Path = OGBENCH_FOLDER) -> Path:
