@@ -3,6 +3,7 @@
     python -m benchmarks.control_tasks pendulum     # table of algorithms, and savings with their learning curves
     python -m benchmarks.control_tasks online       # offline-to-online
     python -m benchmarks.control_tasks pointmaze    # OGBench's code path; needs the extra vgf_llm[control]
+    python -m benchmarks.control_tasks maze_online  # offline-to-online there
 
 Three seeds side by side, every VGF figure beside its L = 0 column. Writes benchmarks/results/control_*.json and
 docs/img/control_*.png. One thread; some minutes each.
@@ -178,6 +179,29 @@ def online(updates: int = 1500, steps: int = 3000) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def maze_online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
+    """The same in a point maze: third task of pointmaze-medium-navigate, 50 generated episodes, acting and exploring at L = 0."""
+    from vgf_llm.control.generate import generate
+
+    warnings.filterwarnings("ignore")
+    three = TransportBudget(steps=3, step_size=0.3, normalize="none")
+    agent = AgentConfig(
+        hidden=(64, 64), batch_size=128, num_particles=4, flow_matching_steps=5, learning_rate=1e-3, target_rate=0.05, n_step=5,
+        train=three, test=STILL, acting_critic="target",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pointmaze-medium-navigate-v0.npz"
+        generate("pointmaze-medium-navigate", path, episodes=50, processes=1)
+        return online_study(
+            TrainConfig(
+                env="pointmaze-medium-navigate-singletask-task3-v0", dataset=str(path), agent=agent, reward_scale=0.1,
+                seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=500, eval_episodes=10,
+                eval_steps=(0,), log_every=500, save_every=0, device="cpu", max_envs=30, env_processes=False,
+            ),
+            "success in %",
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def maze_budgets(agent: Any, data: OfflineDataset, name: str, episodes: int) -> list[dict[str, Any]]:
     """Where test-time budgets lead in a maze, by budget: scores by seed, and means over seeds of
@@ -270,7 +294,7 @@ def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze}
+    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze, "maze_online": maze_online}
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         raise SystemExit(__doc__)
     torch.set_num_threads(1)

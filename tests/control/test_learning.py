@@ -24,6 +24,7 @@ PENDULUM = AgentConfig(
     learning_rate=2e-3,
     target_rate=0.015,
     train=TransportBudget(steps=2, step_size=0.1, normalize="none"),
+    acting_critic="target",
     explore=TransportBudget(steps=2, step_size=0.1, normalize="none"),
     test=TransportBudget(steps=3, step_size=0.1, normalize="none"),
 )
@@ -75,8 +76,8 @@ def test_bandit_an_inverted_u_in_the_budget():
 def swing_up(tmp_path_factory):
     """Two seeds of VGF on logged swings and then online: `scores[L_test][updates]`, means of 20 episodes for each seed."""
     config = TrainConfig(
-        env="pendulum", agent=PENDULUM, reward_scale=0.1, seeds=(0, 1), updates=OFFLINE, online_steps=800, online_start=200,
-        online_share=0.5, log_every=400, eval_every=400, eval_episodes=20, eval_steps=(0, 3), save_every=0, device="cpu",
+        env="pendulum", agent=PENDULUM, reward_scale=0.1, seeds=(0, 1), updates=OFFLINE, online_steps=400, online_start=200,
+        online_share=0.5, log_every=200, eval_every=200, eval_episodes=20, eval_steps=(0, 3), save_every=0, device="cpu",
     )  # fmt: skip
     run = tmp_path_factory.mktemp("swing_up") / "run"
     train(config, run)
@@ -93,11 +94,10 @@ def test_pendulum_from_logged_data(swing_up):
 
 
 def test_pendulum_goes_on_online_without_a_drop(swing_up):
-    for steps, curve in swing_up.items():
-        assert list(curve) == [400, 800, OFFLINE, 1200, 1600, OFFLINE + 800], steps
-        assert curve[1200].mean() > curve[OFFLINE].mean() - 20, (steps, curve)
-    assert swing_up[0][OFFLINE + 800].mean() > swing_up[0][OFFLINE].mean(), swing_up
-    assert swing_up[3][OFFLINE + 800].mean() > swing_up[3][OFFLINE].mean() - 10, swing_up
+    for curve in swing_up.values():
+        before, soon, last = (curve[OFFLINE + steps].mean() for steps in (0, 200, 400))
+        assert soon > before - 20, swing_up
+        assert last > before, swing_up
 
 
 def test_pendulum_baselines(swing_up):

@@ -55,6 +55,7 @@ class TrainConfig:
         eval_episodes: per seed and budget.
         eval_steps: the values of L_test; each changes the steps of `agent.test`.
         max_envs: environments that evaluation may keep open. Default: two per core; all for `pendulum`.
+        env_processes: one process per environment. False steps them in turns, which is faster where a step is cheap (pointmaze).
         log_every, save_every: in updates. 0 of `save_every`: only at the end of each phase.
         device: "cuda" if there is one.
         graph: capture the update as a CUDA graph. Default: on a GPU.
@@ -78,6 +79,7 @@ class TrainConfig:
     eval_episodes: int = 50
     eval_steps: tuple[int, ...] = (0, 1, 2, 3)
     max_envs: int | None = None
+    env_processes: bool = True
     log_every: int = 10_000
     save_every: int = 100_000
     device: str | None = None
@@ -422,7 +424,8 @@ def train(
 
 def env_options(config: TrainConfig) -> dict[str, Any]:
     """What the environments of a run are made with."""
-    return {"success_timing": config.success_timing} if "singletask" in config.env else {}
+    timing = {"success_timing": config.success_timing} if "singletask" in config.env else {}
+    return {"processes": config.env_processes, **timing}
 
 
 def restore_online(buffer: ReplayBuffer, tensors: Mapping[str, Tensor]) -> None:
