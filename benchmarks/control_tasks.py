@@ -3,6 +3,7 @@
     python -m benchmarks.control_tasks pendulum     # table of algorithms, and savings with their learning curves
     python -m benchmarks.control_tasks online       # offline-to-online
     python -m benchmarks.control_tasks pointmaze    # OGBench's code path; needs the extra vgf_llm[control]
+    python -m benchmarks.control_tasks maze_online  # offline-to-online there
 
 Three seeds side by side, every VGF figure beside its L = 0 column. Writes benchmarks/results/control_*.json and
 docs/img/control_*.png. One thread; some minutes each.
@@ -17,6 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -129,19 +131,131 @@ def pendulum(updates: int = 1500, episodes: int = 20) -> dict[str, Any]:
     return {"updates": updates, "episodes": episodes, "logged": logged, "runs": rows}
 
 
-def online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
-    """Offline, then online with exploration at L = 2: scores along the way."""
-    agent = dataclasses.replace(PENDULUM, explore=TWO)
-    config = TrainConfig(
-        env="pendulum", agent=agent, reward_scale=0.1, seeds=SEEDS, updates=updates, online_steps=steps, online_start=500,
-        eval_every=250, eval_episodes=20, eval_steps=(0, 2), log_every=500, save_every=0, device="cpu",
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean of the seeds and its 95 % interval by Student's t."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    half = t * stdev(values) / len(values) ** 0.5
+    return {"mean": mean(values), "low": mean(values) - half, "high": mean(values) + half}
+
+
+# How a batch is drawn online, beside as many updates without any new transition.
+ONLINE_RUNS: dict[str, dict[str, Any]] = {
+    "symmetric replay": {"online_share": 0.5},
+    "offline goes on": {"online_steps": 0},
+    "uniform replay": {},
+}
+
+
+def online_study(base: TrainConfig, ylabel: str) -> dict[str, Any]:
+    """Each of `ONLINE_RUNS`: scores along the way, and by seed what the last evaluation gained on that at the switch."""
+    rows: dict[str, Any] = {}
+    for name, changes in ONLINE_RUNS.items():
+        config = dataclasses.replace(base, **changes)
+        if not config.online_steps:
+            config = dataclasses.replace(config, updates=base.updates + base.online_steps)
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, folder, say=lambda line: print(line, flush=True))
+            scores = read_scores(Path(folder) / "scores.csv")
+        gains = {k: [b - a for a, b in zip(c[base.updates], c[max(c)], strict=True)] for k, c in scores.items()}
+        rows[name] = {
+            "scores": {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()},
+            "gain": {str(k): {"seeds": gain, **interval(gain)} for k, gain in gains.items()},
+        }
+        print(name, json.dumps(rows[name]), flush=True)
+        if name == "symmetric replay":
+            plot_learning(scores, IMAGES / f"control_{base.env.split('-')[0]}_online.png", base.updates, ylabel)
+    return {"updates": base.updates, "online_steps": base.online_steps, "episodes": base.eval_episodes, "runs": rows}
+
+
+def online(updates: int = 1500, steps: int = 3000) -> dict[str, Any]:
+    """Pendulum: offline, then online with exploration at L = 2."""
+    return online_study(
+        TrainConfig(
+            env="pendulum", agent=dataclasses.replace(PENDULUM, explore=TWO, acting_critic="target"), reward_scale=0.1,
+            seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=750, eval_episodes=40,
+            eval_steps=(0, 2, 5), log_every=750, save_every=0, device="cpu",
+        ),
+        "return",
+    )  # fmt: skip
+
+
+def maze_online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
+    """The same in a point maze: third task of pointmaze-medium-navigate, 50 generated episodes, acting and exploring at L = 0."""
+    from vgf_llm.control.generate import generate
+
+    warnings.filterwarnings("ignore")
+    three = TransportBudget(steps=3, step_size=0.3, normalize="none")
+    agent = AgentConfig(
+        hidden=(64, 64), batch_size=128, num_particles=4, flow_matching_steps=5, learning_rate=1e-3, target_rate=0.05, n_step=5,
+        train=three, test=STILL, acting_critic="target",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        train(config, folder, say=lambda line: print(line, flush=True))
-        scores = read_scores(Path(folder) / "scores.csv")
-    plot_learning(scores, IMAGES / "control_online.png", updates, "return")
-    curves = {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()}
-    return {"updates": updates, "online_steps": steps, "episodes": 20, "scores": curves}
+        path = Path(folder) / "pointmaze-medium-navigate-v0.npz"
+        generate("pointmaze-medium-navigate", path, episodes=50, processes=1)
+        return online_study(
+            TrainConfig(
+                env="pointmaze-medium-navigate-singletask-task3-v0", dataset=str(path), agent=agent, reward_scale=0.1,
+                seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=500, eval_episodes=10,
+                eval_steps=(0,), log_every=500, save_every=0, device="cpu", max_envs=30, env_processes=False,
+            ),
+            "success in %",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def maze_budgets(agent: Any, data: OfflineDataset, name: str, episodes: int) -> list[dict[str, Any]]:
+    """Where test-time budgets lead in a maze, by budget: scores by seed, and means over seeds of
+
+    `progress`: of the chosen action along the shortest path, at 300 states of the data (an action has at most length sqrt(2)),
+    `predicted_gain`: rise of Q over the start there, `clipped`: coordinates at the border there,
+    `off_data`: share of up to 300 steps of one episode for each seed farther than 0.5, an eighth of a cell, from
+    every state of the data.
+    """
+    draw = torch.Generator().manual_seed(0)
+    states = data.obs[torch.randperm(len(data), generator=draw)[:300]]
+    maze = make_env(name)
+    maze.reset(seed=0)
+    inner = maze.unwrapped
+    ways = [torch.as_tensor(inner.get_oracle_subgoal(s, inner.cur_goal_xy)[0]) - s for s in states.numpy()]
+    ways = torch.nn.functional.normalize(torch.stack(ways).float(), dim=-1)
+    seeds = len(agent.seeds)
+    expanded = states.expand(seeds, -1, -1)
+    start = agent.propose(expanded, torch.randn(seeds, 300, agent.config.num_particles, 2, generator=draw))
+    before = agent.carry(expanded, start, STILL).values
+    rows = []
+    for steps, size in ((0, 0.2), (1, 0.02), (1, 0.05), (1, 0.2), (3, 0.02), (3, 0.05), (3, 0.2), (3, 0.3)):
+        budget = TransportBudget(steps=steps, step_size=size, normalize="none")
+        moved = agent.carry(expanded, start, budget)
+        chosen = moved.particles[torch.arange(seeds * 300), moved.values.argmax(1)]
+        env = make_vector_env(name, slots(agent, 1, episodes, 10**6), processes=False)
+        result = evaluate(agent, name, env, [budget], episodes)
+        env.close()
+        env = make_vector_env(name, seeds, processes=False)
+        obs, visited = env.reset(seed=list(range(seeds)))[0], []
+        going = torch.ones(seeds, dtype=torch.bool)
+        for _ in range(300):
+            at = torch.as_tensor(obs, dtype=torch.float32)
+            visited += [at[going]]
+            obs, _, terminated, _, _ = env.step(agent.act(at[:, None], budget)[:, 0].numpy())
+            going &= ~torch.from_numpy(terminated)
+            if not going.all():  # a maze that has been solved waits
+                obs = env.reset(seed=list(range(seeds)), options={"reset_mask": (~going).numpy()})[0]
+        env.close()
+        nearest = torch.cat([torch.cdist(part, data.obs).amin(1) for part in torch.cat(visited).split(200)])
+        rows.append(
+            {
+                "steps": steps,
+                "step_size": size,
+                "scores": result.scores[:, 0].mean(-1).tolist(),
+                "lengths": result.lengths[:, 0].mean(-1).tolist(),
+                "progress": (chosen * ways.repeat(seeds, 1)).sum(-1).mean().item(),
+                "predicted_gain": (moved.values - before).mean().item(),
+                "clipped": (moved.particles.abs() >= 1).float().mean().item(),
+                "off_data": (nearest > 0.5).float().mean().item(),
+            }
+        )
+        print({k: v if isinstance(v, list) else round(v, 3) for k, v in rows[-1].items()}, flush=True)
+    return rows
 
 
 def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
@@ -175,11 +289,12 @@ def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
             shown = [dataclasses.replace(base.test, steps=k) for k in (0, 1, 3, 5)]
             state = torch.tensor([8.0, 20.0])  # the start's lower neighbour: the way on is to the left
             plot_particles(agent, state, shown, IMAGES / "control_pointmaze_particles.png")
-    return {"env": name, "updates": updates, "episodes": episodes, "data": manifest, "runs": rows}
+            budgets = maze_budgets(agent, data, name, 5)
+    return {"env": name, "updates": updates, "episodes": episodes, "data": manifest, "runs": rows, "budgets": budgets}
 
 
 def main() -> None:
-    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze}
+    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze, "maze_online": maze_online}
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         raise SystemExit(__doc__)
     torch.set_num_threads(1)

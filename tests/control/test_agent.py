@@ -95,6 +95,37 @@ def test_the_order_of_particles_does_not_matter(name):
     torch.testing.assert_close(shuffled, moved[:, order], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_average_of_the_critic_may_act(steps):
+    agent, averaged = make(), make(acting_critic="target")
+    for _ in range(20):
+        agent.update(batch())
+    averaged.load_state_dict(agent.state_dict())
+    agent.critic.load_state_dict(agent.target_critic.state_dict())
+    obs, noise, budget = torch.randn(30, 3), torch.randn(30, 5, 2), dataclasses.replace(STEP, steps=steps)
+    assert torch.equal(averaged.act(obs, budget, noise=noise), agent.act(obs, budget, noise=noise))
+
+
+def test_the_slope_that_is_fitted_is_that_of_the_critic():
+    agent = make(**VARIANTS["amortised"])
+    losses, _ = agent.losses(batch())
+    actions = batch().actions.unsqueeze(2).requires_grad_()
+    (slope,) = torch.autograd.grad(agent.critic(agent.critic.context(batch().obs), actions).mean(1).sum(), actions)
+    fitted = agent.gradient(agent.gradient.context(batch().obs), actions.detach())
+    torch.testing.assert_close(losses["gradient"], (fitted - slope).square().mean((1, 2, 3)))
+
+
+def test_bfloat16_leaves_the_last_layers_alone_and_changes_targets_little():
+    plain, fast = make(hidden=(256, 256)), make(hidden=(256, 256), precision="bf16")
+    _, expected = plain.losses(batch())
+    _, got = fast.losses(batch())
+    torch.testing.assert_close(got["target"], expected["target"], rtol=0.02, atol=0.02)
+    for net in fast._flow_networks():
+        mlp = getattr(net, "net", net)
+        assert mlp.weights[0].dtype == torch.bfloat16
+        assert mlp.weights[-1].dtype == torch.float32
+
+
 def test_one_state_does_not_depend_on_its_batch():
     agent = make()
     obs, noise = torch.randn(8, 3), torch.randn(8, 5, 2)

@@ -83,6 +83,15 @@ def test_the_buffer_grows_per_seed_and_keeps_the_data_set():
         buffer.add(0, {name: column[:4] for name, column in columns.items()})
 
 
+def test_half_of_a_draw_may_be_of_what_a_seed_collected():
+    columns = OfflineDataset.from_arrays(**arrays()).n_step(1, 0.9)
+    buffer = ReplayBuffer(columns, seeds=2, room=50, share=0.5)
+    buffer.add(1, {name: torch.full_like(column[:2], 5.0) for name, column in columns.items()})
+    drawn = buffer.sample(40, SeededNoise((0, 1))).rewards
+    assert (drawn >= 5).sum(1).tolist() == [0, 20]  # the first has nothing of its own yet
+    assert set(drawn[0].tolist()) <= set(columns["rewards"].tolist())
+
+
 def test_cached_particles_follow_their_transitions():
     columns = OfflineDataset.from_arrays(**arrays()).n_step(1, 0.9)
     cached = columns["rewards"][None, :, None, None].expand(2, 12, 3, 1).clone()

@@ -74,6 +74,7 @@ def test_files_that_are_broken_or_of_another_task(maze, tmp_path):
         ({k: v for k, v in cut.items() if k != "qpos"}, "lacks qpos"),
         (cut, "last trajectory is cut off"),
         ({**cut, "observations": cut["observations"][:, :1]}, "belongs to another environment"),
+        ({**cut, "actions": cut["actions"][:, :1]}, "belongs to another environment"),
         ({**cut, "actions": cut["actions"][:-1]}, "columns differ in length"),
     ):
         np.savez(tmp_path / "bad.npz", **change)

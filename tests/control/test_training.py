@@ -108,6 +108,25 @@ def test_losses_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
         train(RUN, tmp_path / "run")
 
 
+def test_rewards_of_an_environment_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
+    step = training.Collector.step
+    monkeypatch.setattr(training.Collector, "step", lambda self: (setattr(self, "scale", float("nan")), step(self)))
+    with pytest.raises(ValueError, match="'pendulum' returned a reward or an observation that is not finite"):
+        train(dataclasses.replace(RUN, updates=1, online_steps=2, online_start=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("env", "sizes"), [("pendulum", "3 and 1"), ("Pendulum-v1", "3 and 1")])
+def test_data_of_another_environment_are_refused_before_training(env, sizes, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="needs the extra vgf_llm[control]")
+    pytest.importorskip("gymnasium", reason="needs the extra vgf_llm[control]")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for name, shape in (("observations", (9, 4)), ("actions", (9, 1)), ("rewards", (9,)), ("terminals", (9,))):
+            file[name] = torch.zeros(shape).numpy()
+    config = dataclasses.replace(RUN, env=env, dataset=str(tmp_path / "a.hdf5"))
+    with pytest.raises(ValueError, match=f"size 4 and 1, '{env}' of size {sizes}: the data belong to another environment"):
+        train(config, tmp_path / "run")
+
+
 def test_data_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="name the data set"):
         training.load_dataset(TrainConfig(env="Hopper-v4"))
@@ -130,6 +149,7 @@ def test_data_that_cannot_be_had(tmp_path, monkeypatch):
         ({"env": "pendulum", "updates": -1}, "updates"),
         ({"env": "pendulum", "seeds": [1, 1]}, "different integers"),
         ({"env": "pendulum", "eval_steps": []}, "best-of-N"),
+        ({"env": "pendulum", "online_share": 1.5}, "uniform draws"),
         ({"env": "pendulum", "success_timing": "never"}, "pre or post"),
         ({"env": "pendulum", "agent": {"rule": "sign"}}, "rule must be one of"),
     ],

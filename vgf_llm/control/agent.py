@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vgf_llm.flow import TransportBudget, Transported, best_of_n, gradient_of, softmax_select, transport
 
 from .config import AgentConfig, Aggregate, check_budget
-from .networks import Critic, FlowBehaviour, GaussianBehaviour, SeededNoise, StackedMLP
+from .networks import Critic, FlowBehaviour, GaussianBehaviour, SeededNoise, StackedMLP, reduce_precision
 from .rules import Adam, public_stein
 
 
@@ -132,6 +132,11 @@ class Agent(nn.Module, ABC):
 
     # Acting
 
+    @property
+    def acting_critic(self) -> Critic | None:
+        """The critic that actions are chosen by; None in behaviour cloning."""
+        return self.critic if self.config.acting_critic == "online" else self.target_critic
+
     def propose(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Proposals [S, B, N, D] of the algorithm at obs [S, B, obs_dim], before any transport."""
         return self.behaviour.sample(obs, noise)
@@ -152,8 +157,8 @@ class Agent(nn.Module, ABC):
         Args:
             obs, particles: see above.
             budget: how far.
-            climbed: the network that gives the score, if not the agent's own.
-            with_values: evaluate the agent's critic, aggregated as for targets, at the end.
+            climbed: the network that gives the score, if not the critic that acts.
+            with_values: evaluate the critic that acts, aggregated as for targets, at the end.
             check_finite: see `flow.transport`.
 
         Returns:
@@ -173,12 +178,12 @@ class Agent(nn.Module, ABC):
                 score_fn = self._score(obs, start, climbed)
         else:
             score_fn = _no_score
-        own, value_fn = self.critic, None
-        if with_values and own is not None:
-            context = own.context(obs)
+        judge, value_fn = self.acting_critic, None
+        if with_values and judge is not None:
+            context = judge.context(obs)
 
             def value_fn(a: Tensor) -> Tensor:
-                return aggregate(own(context, a.unflatten(0, (S, B))), self.config.critic_aggregate).flatten(0, 1)
+                return aggregate(judge(context, a.unflatten(0, (S, B))), self.config.critic_aggregate).flatten(0, 1)
 
         return transport(
             start,
@@ -192,7 +197,7 @@ class Agent(nn.Module, ABC):
 
     def _score(self, obs: Tensor, start: Tensor, climbed: Critic | StackedMLP | None) -> Any:
         """Score function of the value that is climbed: Q, less the proximal term if there is an anchor."""
-        critic = climbed or self.critic
+        critic = climbed or self.acting_critic
         assert critic is not None
         context = critic.context(obs)
         S, B = obs.shape[:2]
@@ -338,7 +343,7 @@ class VGFAgent(Agent):
         if self.config.amortised:
             D, hidden = self.action_dim, self.config.hidden
             self.gradient = StackedMLP(len(self.seeds), self.obs_dim, D, D, hidden, True, self.noise)
-        self._fast: tuple[Critic | StackedMLP, FlowBehaviour | GaussianBehaviour] | None = None
+        self._fast: Any = None
 
     def _score(self, obs: Tensor, start: Tensor, climbed: Critic | StackedMLP | None) -> Any:
         if not self.config.amortised:
@@ -355,16 +360,20 @@ class VGFAgent(Agent):
 
         return amortised
 
-    def _flow_networks(self) -> tuple[Critic | StackedMLP, FlowBehaviour | GaussianBehaviour]:
-        """What updates climb, and the behaviour they sample: the agent's own networks, or copies in bfloat16 of this moment."""
+    def _flow_networks(self) -> tuple[Critic | StackedMLP, FlowBehaviour | GaussianBehaviour, Critic]:
+        """What updates climb, the behaviour they sample, the critic of their targets: the agent's own networks, or copies of
+        this moment in bfloat16, whose last layers stay in float32: values differ between actions by less than bfloat16 resolves.
+        """
         climbed = self.gradient if self.config.amortised else self.critic
-        assert climbed is not None
+        assert climbed is not None and self.target_critic is not None
+        own = climbed, self.behaviour, self.target_critic
         if self.config.precision == "fp32":
-            return climbed, self.behaviour
+            return own
         if self._fast is None:  # in a tuple, so that they are no part of the checkpoint
-            copies = copy.deepcopy(climbed), copy.deepcopy(self.behaviour)
-            self._fast = copies[0].bfloat16().requires_grad_(False), copies[1].bfloat16().requires_grad_(False)
-        for net, fast in zip((climbed, self.behaviour), self._fast, strict=True):
+            self._fast = tuple(copy.deepcopy(net).requires_grad_(False) for net in own)
+            for net in self._fast:
+                reduce_precision(net)
+        for net, fast in zip(own, self._fast, strict=True):
             torch._foreach_copy_(list[Tensor](fast.parameters()), list[Tensor](net.parameters()))
         return self._fast
 
@@ -373,9 +382,9 @@ class VGFAgent(Agent):
         `gradient`: fit of f to grad_a Q (amortised).
         """
         config = self.config
-        assert self.critic is not None and self.target_critic is not None
+        assert self.critic is not None
         with torch.no_grad():
-            climbed, behaviour = self._flow_networks()
+            climbed, behaviour, target_critic = self._flow_networks()
             start = batch.particles
             if start is None:
                 noise = self.noise.normal(batch.obs.shape[1], config.num_particles, self.action_dim)
@@ -383,29 +392,25 @@ class VGFAgent(Agent):
             moved = self.carry(
                 batch.next_obs, start, config.train, climbed=climbed, with_values=False, check_finite=False
             ).particles.unflatten(0, start.shape[:2])
-            target_critic = self.target_critic
             next_q = aggregate(target_critic(target_critic.context(batch.next_obs), moved), config.critic_aggregate)
             next_v = next_q.mean(-1) if config.target_reduce == "mean" else next_q.amax(-1)
             target = batch.rewards + batch.discounts * next_v
-        q = self.critic(self.critic.context(batch.obs), batch.actions.unsqueeze(2)).squeeze(-1)  # [S, E, B]
+        actions = batch.actions.unsqueeze(2).requires_grad_(config.amortised)
+        q = self.critic(self.critic.context(batch.obs), actions).squeeze(-1)  # [S, E, B]
         losses = {"critic": (q - target.unsqueeze(1)).square().sum(1).mean(1)}
         if batch.particles is None:
             losses["behaviour"] = self.behaviour.loss(batch.obs, batch.actions, self.noise)
         if config.amortised:
-            losses["gradient"] = self._gradient_loss(batch)
+            # E |f(s, a) - grad_a Q(s, a)|^2 at the data, from the same forward pass.
+            (slope,) = torch.autograd.grad(aggregate(q, config.flow_aggregate).sum(), actions, retain_graph=True)
+            predicted = self.gradient(self.gradient.context(batch.obs), actions.detach())
+            losses["gradient"] = (predicted - slope).square().mean((1, 2, 3))
         metrics = {
             "q": q.detach().mean((1, 2)),
             "target": target.mean(1),
             "displacement": torch.linalg.vector_norm(moved - start, dim=-1).mean((1, 2)),
         }
         return losses, metrics
-
-    def _gradient_loss(self, batch: Batch) -> Tensor:
-        """`E |f(s, a) - grad_a mean_k Q_k(s, a)|^2` [S] at the data, mean over dimensions."""
-        actions = batch.actions.unsqueeze(2)
-        _, slope = super()._score(batch.obs, actions.flatten(0, 1), None)(actions.flatten(0, 1), 0)
-        predicted = self.gradient(self.gradient.context(batch.obs), actions)
-        return (predicted - slope.unflatten(0, actions.shape[:2])).square().mean((1, 2, 3))
 
     def update_behaviour(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of the behaviour model alone: `config.behaviour_steps` of these come before the critic's."""

@@ -11,6 +11,7 @@ from vgf_llm.flow import TransportBudget
 Algorithm = Literal["vgf", "bc", "iql", "ifql", "fql"]
 Aggregate = Literal["min", "mean"]
 Rule = Literal["adam", "normalized", "public"]
+ActingCritic = Literal["online", "target"]
 # Adam's step does not depend on the scale of the score, so that the score is left as it is.
 ADAM_BUDGET = TransportBudget(steps=1, step_size=0.1, normalize="none")
 BEST_OF_N = TransportBudget(steps=0)
@@ -46,13 +47,15 @@ class AgentConfig:
         train, explore, test: transport budgets inside the TD target, while collecting online, and at test time.
             `explore` defaults to 0 steps (best-of-N), the authors' behaviour.
         target_reduce: over the N particles in the TD target. "mean" as in the paper, or "max".
+        acting_critic: which critic is climbed, and chooses, in acting: "online" (the authors'), or "target", its Polyak average,
+            which does not follow the swings of single updates.
         select: which particle acts: "best", "softmax" with `select_temperature`, or "random".
         select_temperature: in units of Q.
         amortised: climb a network f(s, a) fitted to grad_a Q at the data instead of Q itself.
         anchor: tau of a proximal term `-|a - a0|^2 / (2 tau)` added to the value that is climbed, in units of squared
             action per unit of Q. Default None: the budget alone holds particles back.
-        precision: "bf16" computes behaviour samples and transport during updates in bfloat16, "fp32" nothing. Losses,
-            targets, weights and acting stay in float32.
+        precision: "bf16" computes behaviour samples, transport and the target critic during updates in bfloat16, but for
+            their last layers; "fp32" nothing. Losses, weights and acting stay in float32.
         expectile: of IQL's value.
         advantage_weight: inverse temperature of IQL's policy, in 1 / units of Q.
         distill_weight: alpha of FQL. Per task in its authors' repository.
@@ -82,6 +85,7 @@ class AgentConfig:
     explore: TransportBudget = BEST_OF_N
     test: TransportBudget = ADAM_BUDGET
     target_reduce: Literal["mean", "max"] = "mean"
+    acting_critic: ActingCritic = "online"
     select: Literal["best", "softmax", "random"] = "best"
     select_temperature: float = 1.0
     amortised: bool = False
@@ -100,6 +104,7 @@ class AgentConfig:
             "behaviour": ("flow", "gaussian"),
             "rule": get_args(Rule),
             "target_reduce": ("mean", "max"),
+            "acting_critic": get_args(ActingCritic),
             "select": ("best", "softmax", "random"),
             "precision": ("fp32", "bf16"),
         }

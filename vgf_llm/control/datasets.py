@@ -135,6 +135,11 @@ class OfflineDataset:
                 f"{path}: observations are {arrays['observations'].shape}, the environment's have size {size}: "
                 "the file belongs to another environment"
             )
+        if arrays["actions"].shape[1:] != env.action_space.shape:
+            raise ValueError(
+                f"{path}: actions are {arrays['actions'].shape}, the environment's have shape {env.action_space.shape}: "
+                "the file belongs to another environment"
+            )
         count = len(arrays["observations"])
         if wrong := [f"{name} {len(a)}" for name, a in arrays.items() if len(a) != count]:
             raise ValueError(f"{path}: columns differ in length: observations {count}, {', '.join(wrong)}")
@@ -283,6 +288,8 @@ class ReplayBuffer:
         device: where they live.
         room: for this many transitions collected per seed; beyond it the oldest of them are overwritten.
         particles: [S, T, N, D] cached behaviour samples at next_obs, or None.
+        share: of each draw that comes from what the seed collected, as soon as there is any: 0.5 is the symmetric sampling of
+            RLPD (arXiv 2302.02948). Default None: uniform over all transitions.
     """
 
     def __init__(
@@ -292,8 +299,9 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
         room: int = 0,
         particles: Tensor | None = None,
+        share: float | None = None,
     ) -> None:
-        self.fixed, self.room = len(columns["obs"]), room
+        self.fixed, self.room, self.share = len(columns["obs"]), room, share
         self.added = [0] * seeds
         # On the device and changed in place, so that a captured graph sees the buffer grow.
         self.size = torch.full((seeds, 1), float(self.fixed), dtype=torch.float64, device=device)
@@ -334,8 +342,14 @@ class ReplayBuffer:
         return {name: column[first : first + min(self.added[seed], self.room)] for name, column in self.columns.items()}
 
     def sample(self, batch_size: int, noise: SeededNoise) -> Batch:
-        """`batch_size` transitions for each seed, uniformly and with replacement."""
-        index = (noise.uniform(batch_size, dtype=torch.float64) * self.size).long()  # [S, B]
+        """`batch_size` transitions for each seed with replacement; see `share`."""
+        draws, fixed = noise.uniform(batch_size, dtype=torch.float64), self.fixed
+        if self.share is None:
+            index = (draws * self.size).long()  # [S, B]
+        else:
+            first = torch.arange(batch_size, device=draws.device) < round(self.share * batch_size)
+            own = first & (self.size > fixed)
+            index = torch.where(own, fixed + draws * (self.size - fixed), draws * fixed).long()
         particles = None
         if self.particles is not None:
             particles = torch.stack([cached[i] for cached, i in zip(self.particles, index, strict=True)])

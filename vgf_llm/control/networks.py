@@ -106,23 +106,38 @@ class StackedMLP(nn.Module):
             h = context + torch.bmm(x.flatten(1, 2).to(first.dtype), first).unflatten(1, x.shape[1:3])
         (B, N), h = h.shape[1:3], h.flatten(1, 2)
         if h.is_cpu and h.shape[-1] >= ONE_BY_ONE:
-            return torch.stack([self._member(g, rows) for g, rows in enumerate(h.unbind())]).unflatten(1, (B, N))
+            return self._one_by_one(h).unflatten(1, (B, N))
         for layer in range(1, len(self.weights)):
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
                 h = torch.addcmul(self.shifts[layer - 1], h, self.scales[layer - 1])
-            h = torch.baddbmm(self.biases[layer], h.relu_(), self.weights[layer])
+            weight = self.weights[layer]
+            h = torch.baddbmm(self.biases[layer], h.relu_().to(weight.dtype), weight)
         return h.unflatten(1, (B, N))
 
-    def _member(self, g: int, h: Tensor) -> Tensor:
-        """The layers after the first, of one member: [rows, width] -> [rows, out_dim]."""
+    def _one_by_one(self, h: Tensor) -> Tensor:
+        """The layers after the first, member by member: [G, rows, width] -> [G, rows, out_dim]."""
+        # While it is one tensor: autograd lets nobody change the views of it.
+        members = list((h if self.layer_norm else h.relu_()).unbind())
         for layer in range(1, len(self.weights)):
             if self.layer_norm:
-                scale, shift = self.scales[layer - 1][g, 0], self.shifts[layer - 1][g, 0]
-                h = F.layer_norm(h, h.shape[-1:], scale, shift, LAYER_NORM_EPS)
-            # The first rows are a view that autograd does not let change; what LayerNorm gives is nobody else's.
-            h = torch.addmm(self.biases[layer][g], h.relu_() if self.layer_norm else h.relu(), self.weights[layer][g])
-        return h
+                norms = zip(members, self.scales[layer - 1].unbind(), self.shifts[layer - 1].unbind(), strict=True)
+                members = [F.layer_norm(x, x.shape[-1:], scale[0], shift[0], LAYER_NORM_EPS).relu_() for x, scale, shift in norms]
+            elif layer > 1:
+                members = [x.relu_() for x in members]
+            weights, biases = self.weights[layer].unbind(), self.biases[layer].unbind()
+            members = [
+                torch.addmm(bias, x.to(weight.dtype), weight) for x, weight, bias in zip(members, weights, biases, strict=True)
+            ]
+        return torch.stack(members)
+
+
+def reduce_precision(net: nn.Module) -> None:
+    """Turn the perceptrons of a network to bfloat16, all but their last layers."""
+    for mlp in net.modules():
+        if isinstance(mlp, StackedMLP):
+            for parameter in (*mlp.weights[:-1], *mlp.biases[:-1], *mlp.scales, *mlp.shifts):
+                parameter.data = parameter.data.bfloat16()
 
 
 class Critic(nn.Module):

@@ -1,13 +1,14 @@
 """A pendulum to swing up, many at once in NumPy: the task of the CPU tests and the demo, without any extra package."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .datasets import OfflineDataset
 
+if TYPE_CHECKING:
+    from .datasets import OfflineDataset
 
 Array = NDArray[np.float32]
 # Constants of Gymnasium's Pendulum-v1.
@@ -68,7 +69,7 @@ def scripted(env: PendulumVectorEnv) -> Array:
     return np.clip(action, -1, 1)[:, None].astype(np.float32)
 
 
-def collect(seed: int, episodes: int = 200, noise: float = 0.5) -> OfflineDataset:
+def collect(seed: int, episodes: int = 200, noise: float = 0.5) -> "OfflineDataset":
     """`episodes` of 200 steps: one half random actions (return about -1250), one half `scripted` with noise (about -240).
 
     Args:
@@ -76,6 +77,9 @@ def collect(seed: int, episodes: int = 200, noise: float = 0.5) -> OfflineDatase
         episodes: even number of episodes.
         noise: standard deviation added to the scripted actions.
     """
+    # Here, since every process of an environment imports this module, and none of them needs torch.
+    from .datasets import OfflineDataset
+
     draws = np.random.default_rng(seed)
     env = PendulumVectorEnv(episodes)
     obs, _ = env.reset(seed=draws.integers(2**31, size=episodes).tolist())

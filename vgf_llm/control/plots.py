@@ -17,6 +17,17 @@ from .agent import Agent, aggregate
 
 COLOURS = ("#8d99ae", "#8ab6d6", "#2a6f97", "#013a63", "#e09f3e", "#c44e52", "#6a4c93", "#1b998b")
 
+# Rings around dots: where nothing moved both are seen.
+BEFORE: dict[str, Any] = {
+    "s": 26,
+    "facecolors": "none",
+    "edgecolors": "#013a63",
+    "linewidths": 0.9,
+    "label": "before",
+    "zorder": 3,
+}
+AFTER: dict[str, Any] = {"s": 10, "color": "#c44e52", "linewidths": 0, "label": "after", "zorder": 4}
+
 
 def read_scores(path: str | Path) -> dict[int, dict[int, list[float]]]:
     """`scores[L_test][updates]`: the scores of the seeds, from `scores.csv`.
@@ -102,36 +113,37 @@ def plot_particles(
         titles: of the panels; default: the number of steps.
     """
     plt = _pyplot()
-    assert agent.critic is not None
+    critic = agent.acting_critic
+    assert critic is not None
     S, D = len(agent.seeds), agent.action_dim
     states = obs.to(agent.device).expand(S, 1, -1)
     noise = torch.randn(S, 1, 40, D, generator=torch.Generator().manual_seed(0)).to(agent.device)
     start = agent.propose(states, noise)
-    context = agent.critic.context(states)
+    context = critic.context(states)
     line = torch.linspace(-1, 1, 61, device=agent.device)
     fig, axes = plt.subplots(1, len(budgets), figsize=(3.3 * len(budgets), 3.5), layout="constrained", sharey=True)
     for ax, budget, title in zip(np.atleast_1d(axes), budgets, titles or [f"L = {b.steps}" for b in budgets], strict=True):
         moved = agent.carry(states, start, budget).particles[0].cpu()
         before = start[0, 0].cpu()
         if D == 1:
-            values = aggregate(agent.critic(context, line[None, None, :, None].expand(S, 1, -1, 1)), "mean")[0, 0].cpu()
+            values = aggregate(critic(context, line[None, None, :, None].expand(S, 1, -1, 1)), "mean")[0, 0].cpu()
             ax.plot(line.cpu(), values, color="#8d99ae")
-            for points, colour, label in ((before, "#013a63", "before"), (moved, "#c44e52", "after")):
-                at = aggregate(agent.critic(context, points.to(agent.device).expand(S, 1, -1, 1)), "mean")[0, 0].cpu()
-                ax.scatter(points[:, 0], at, s=14, color=colour, label=label, linewidths=0, zorder=3)
+            for points, style in ((before, BEFORE), (moved, AFTER)):
+                at = aggregate(critic(context, points.to(agent.device).expand(S, 1, -1, 1)), "mean")[0, 0].cpu()
+                ax.scatter(points[:, 0], at, **style)
             ax.set(xlabel="action", title=title)
         else:
             plane = start[0, 0].mean(0).expand(61 * 61, D).clone()
             plane[:, dims[0]], plane[:, dims[1]] = line.repeat(61), line.repeat_interleave(61)
-            values = aggregate(agent.critic(context, plane.expand(S, 1, -1, D)), "mean")[0, 0].cpu().view(61, 61)
+            values = aggregate(critic(context, plane.expand(S, 1, -1, D)), "mean")[0, 0].cpu().view(61, 61)
             ax.contourf(line.cpu(), line.cpu(), values, levels=20, cmap="Greys", alpha=0.6)
             ax.plot(*np.stack([before[:, dims].T, moved[:, dims].T], axis=1), color="#c44e52", alpha=0.4, linewidth=0.8)
-            for points, colour, label in ((before, "#013a63", "before"), (moved, "#c44e52", "after")):
-                ax.scatter(points[:, dims[0]], points[:, dims[1]], s=12, color=colour, label=label, linewidths=0, zorder=3)
+            for points, style in ((before, BEFORE), (moved, AFTER)):
+                ax.scatter(points[:, dims[0]], points[:, dims[1]], clip_on=False, **style)
             ax.set(xlabel=f"action[{dims[0]}]", title=title, aspect="equal")
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("Q(s, a)" if D == 1 else f"action[{dims[1]}]")
-    first.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    fig.legend(*first.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9, frameon=False)
     return _finish(fig, first, Path(path))
 
 

@@ -24,7 +24,7 @@ from .datasets import OfflineDataset, ReplayBuffer
 from .environments import VectorEnv, make_env, make_vector_env
 from .evaluation import Evaluation, evaluate, slots
 from .networks import SeededNoise
-from .pendulum import collect
+from .pendulum import PendulumVectorEnv, collect
 
 
 OGBENCH_FOLDER = Path("~/.ogbench/data")
@@ -49,10 +49,13 @@ class TrainConfig:
         online_steps: environment steps per seed after them, each with `updates_per_step` updates.
         online_start: steps that are collected before the first of these updates.
         updates_per_step: see there.
+        online_share: of each batch online that is drawn from collected transitions. 0.5 is RLPD's symmetric sampling; default
+            None, the authors': uniform over the data set and what is collected.
         eval_every: updates between evaluations. 0: only at the end of each phase.
         eval_episodes: per seed and budget.
         eval_steps: the values of L_test; each changes the steps of `agent.test`.
         max_envs: environments that evaluation may keep open. Default: two per core; all for `pendulum`.
+        env_processes: one process per environment. False steps them in turns, which is faster where a step is cheap (pointmaze).
         log_every, save_every: in updates. 0 of `save_every`: only at the end of each phase.
         device: "cuda" if there is one.
         graph: capture the update as a CUDA graph. Default: on a GPU.
@@ -71,10 +74,12 @@ class TrainConfig:
     online_steps: int = 0
     online_start: int = 5000
     updates_per_step: int = 1
+    online_share: float | None = None
     eval_every: int = 100_000
     eval_episodes: int = 50
     eval_steps: tuple[int, ...] = (0, 1, 2, 3)
     max_envs: int | None = None
+    env_processes: bool = True
     log_every: int = 10_000
     save_every: int = 100_000
     device: str | None = None
@@ -88,6 +93,8 @@ class TrainConfig:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {number!r}")
+        if self.online_share is not None and not 0 < self.online_share <= 1:
+            raise ValueError(f"online_share must lie in (0, 1], or be None for uniform draws, got {self.online_share!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {self.seeds!r}")
         if not self.eval_steps:
@@ -144,15 +151,30 @@ def load_dataset(config: TrainConfig) -> OfflineDataset:
     if source is None and "singletask" not in config.env:
         raise ValueError(f"name the data set of {config.env!r}: an .npz or .hdf5 file, or minari:NAME")
     if source is not None and source.startswith("minari:"):
-        return OfflineDataset.from_minari(source.removeprefix("minari:"))
-    if source is not None and source.endswith((".hdf5", ".h5")):
-        return OfflineDataset.from_d4rl_hdf5(Path(source).expanduser())
-    path = fetch_ogbench(config.env) if source is None else Path(source).expanduser()
-    env = make_env(config.env, success_timing=config.success_timing)
-    try:
-        return OfflineDataset.from_ogbench_npz(path, env)
-    finally:
-        env.close()
+        data = OfflineDataset.from_minari(source.removeprefix("minari:"))
+    elif source is not None and source.endswith((".hdf5", ".h5")):
+        data = OfflineDataset.from_d4rl_hdf5(Path(source).expanduser())
+    else:
+        path = fetch_ogbench(config.env) if source is None else Path(source).expanduser()
+        env = make_env(config.env, success_timing=config.success_timing)
+        try:
+            return OfflineDataset.from_ogbench_npz(path, env)
+        finally:
+            env.close()
+    # Before the first update, not at the first evaluation.
+    sizes = (PendulumVectorEnv.obs_dim, PendulumVectorEnv.action_dim) if config.env == "pendulum" else _sizes(config.env)
+    if sizes != (data.obs_dim, data.action_dim):
+        raise ValueError(
+            f"{source} has observations and actions of size {data.obs_dim} and {data.action_dim}, {config.env!r} of size "
+            f"{sizes[0]} and {sizes[1]}: the data belong to another environment"
+        )
+    return data
+
+
+def _sizes(name: str) -> tuple[int, int]:
+    env = make_env(name)
+    env.close()
+    return int(np.prod(env.observation_space.shape)), int(np.prod(env.action_space.shape))
 
 
 def fetch_ogbench(name: str, folder: str | Path = OGBENCH_FOLDER) -> Path:
@@ -375,7 +397,7 @@ def train(
 
             log.run(UpdateLoop(agent, plain_buffer, graph, fit_behaviour), prepare, evaluating=False)
         particles = cache_particles(agent, columns["next_obs"]) if prepare and isinstance(agent, VGFAgent) else None
-        buffer = ReplayBuffer(columns, len(config.seeds), device, config.online_steps, particles)
+        buffer = ReplayBuffer(columns, len(config.seeds), device, config.online_steps, particles, config.online_share)
         loop = UpdateLoop(agent, buffer, graph)
         if agent.updates < offline:
             log.run(loop, offline)
@@ -402,7 +424,8 @@ def train(
 
 def env_options(config: TrainConfig) -> dict[str, Any]:
     """What the environments of a run are made with."""
-    return {"success_timing": config.success_timing} if "singletask" in config.env else {}
+    timing = {"success_timing": config.success_timing} if "singletask" in config.env else {}
+    return {"processes": config.env_processes, **timing}
 
 
 def restore_online(buffer: ReplayBuffer, tensors: Mapping[str, Tensor]) -> None:
