@@ -49,6 +49,11 @@ SCENARIOS = {
     "lora_weighted_value": {"lora": True, "target": "weighted", "best_k": 2, "num_generations": 4, "reward": "function"},
     "lora_tilt": {"lora": True, "target": "tilt", "best_k": 2},
     "full_dpo_policy": {"target": "dpo", "particle_source": "policy"},
+    "full_advantage": {
+        "target": "advantage", "particle_source": "policy", "flow_steps": 0, "num_generations": 2, "steps_per_generation": 2,
+    },
+    # In one process there is nothing to shard over: what is compared is a sharded reward with a whole one.
+    "full_sharded_reward": {"reward_model_sharding": True, "flow_rounds": 2, "flow_movers": 2},
     "lora_pulled_back": {"lora": True, "target": "dpo", "particle_source": "policy", "policy_kl_cap": 1e-4},
     "lora_resumed": {
         "lora": True, "target": "weighted", "best_k": 2, "particle_source": "policy", "reward": "function",
@@ -67,7 +72,10 @@ def make_trainer(folder, name, saved, world, **changes):
         "dataloader_pin_memory": False,
     }  # fmt: skip
     scenario = SCENARIOS.get(name, {}) | changes
+    if world == 1:
+        scenario.pop("reward_model_sharding", None)
     lora, reward = scenario.pop("lora", False), scenario.pop("reward", "model")
+    modules = lora if isinstance(lora, list) else "all-linear"
     tokenizer = tiny.tokenizer()
     rewards = {
         "model": str(saved / "reward"),
@@ -83,7 +91,7 @@ def make_trainer(folder, name, saved, world, **changes):
         train_dataset=dataset,
         eval_dataset=dataset.select(range(5)),  # not a multiple of any batch
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM") if lora else None,
     )
 
 
@@ -128,6 +136,14 @@ def fail(folder, saved, world):
             trainer.train()
         except RuntimeError as error:
             messages[reward] = str(error)
+    try:
+        trainer._fit_value([])
+    except RuntimeError as error:
+        messages["no samples"] = str(error)
+    try:
+        make_trainer(folder, "failing", saved, world, lora=["q_proj", "lm_head"])
+    except ValueError as error:
+        messages["lm_head"] = str(error)
     return messages
 
 

@@ -29,6 +29,7 @@ def make_trainer(tmp_path, tokenizer, prompts):
         given = {
             "model": None, "reward_funcs": None, "train_dataset": prompts, "eval_dataset": None,
             "processing_class": tokenizer, "reward_processing_classes": None, "peft_config": None,
+            "quantization_config": None,
         }  # fmt: skip
         given.update({name: changes.pop(name) for name in list(changes) if name in given})
         if given["model"] is None:

@@ -30,6 +30,9 @@ CASES = {
     "weighted": {"target": "weighted", "best_k": 2},
     "tilt": {"target": "tilt", "best_k": 2, "lora": True},
     "dpo": {"target": "dpo", "particle_source": "policy", "save_steps": 1},
+    "advantage": {
+        "target": "advantage", "particle_source": "policy", "flow_steps": 0, "num_generations": 2, "steps_per_generation": 2,
+    },
     "value": {"reward": count_good, "value_warmup_samples": 8, "target": "weighted", "best_k": 2},
     "value_tilt_policy": {
         "reward": [count_good, "model"], "value_warmup_samples": 8, "target": "tilt", "best_k": 2,

@@ -23,13 +23,14 @@ def test_the_example_of_the_page_trains_and_saves(saved, tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 6
 
 
-@pytest.mark.parametrize("target", ["sft", "tilt", "dpo"])
+@pytest.mark.parametrize("target", ["sft", "tilt", "dpo", "advantage"])
 def test_every_metric_that_is_logged_is_explained(make_trainer, target):
     def rewarding(completions, **kwargs):
         return [float(len(completion)) for completion in completions]
 
     page = PAGE.read_text(encoding="utf-8")
-    trainer: VGFTrainer = make_trainer(max_steps=2, target=target, particle_source="policy", reward_funcs=rewarding)
+    still = {"flow_steps": 0} if target == "advantage" else {}
+    trainer: VGFTrainer = make_trainer(max_steps=2, target=target, particle_source="policy", reward_funcs=rewarding, **still)
     trainer.train()
     trainers_own = {"grad_norm", "learning_rate", "epoch", "step"}
     names = {name.replace("/rewarding/", "/<name>/") for name in trainer.state.log_history[0]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from vgf_llm import TransportBudget, VGFSampler
@@ -450,3 +450,23 @@ def test_several_gpus_in_one_process_are_refused(make_trainer, monkeypatch):
     monkeypatch.setattr(VGFConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 GPUs.*accelerate launch"):
         make_trainer()
+
+
+def test_a_quantized_policy_trains_its_adapters(make_trainer, saved, lora):
+    """8 bits, which bitsandbytes has for CPUs as well."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    quantized = {"model": str(saved["lm"]), "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    trainer = make_trainer(peft_config=lora, **quantized)
+    layers = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear8bitLt)]
+    before = [layer.weight.clone() for layer in layers]
+    adapters = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert len(layers) == 14 and adapters
+    trainer.train()
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
+    assert any(not torch.equal(value, adapters[name]) for name, value in trainer.model.named_parameters() if name in adapters)
+    # Adapters start at the reference; what is left is the rounding of activations, which depends on the batch.
+    assert abs([entry["fit/log_ratio"] for entry in trainer.state.log_history if "fit/log_ratio" in entry][0]) < 0.5
+    with pytest.raises(ValueError, match="quantized"):
+        make_trainer(**quantized)
+    with pytest.raises(ValueError, match="for loading a model from a path"):
+        make_trainer(quantization_config=BitsAndBytesConfig(load_in_8bit=True))

@@ -79,7 +79,8 @@ def shard_layers(reward: nn.Module, device: torch.device) -> None:
         if not layers:
             raise ValueError(f"reward_model_sharding: {type(model).__name__} does not name its layers (_no_split_modules)")
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
+            # Said outright: each layer is a root of its own here, and roots would stay whole after their first forward.
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()

@@ -381,7 +381,8 @@ class VGFTrainer(Trainer):
             n, budget, source, pull = self.args.rows_per_prompt, TransportBudget(steps=0), "reference", True
         else:
             pull = False
-        if not ready and not self.rewards.differentiable:
+        follows = ready or bool(self.rewards.differentiable)
+        if not follows:
             budget = TransportBudget(steps=0)
         metrics = self._metrics["train"]
         with self._sampler(source) as sampler:
@@ -393,7 +394,8 @@ class VGFTrainer(Trainer):
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
             # Once between two logs: it costs as much as a flow step.
-            if not pull and not budget.is_zero and "flow/fidelity" not in metrics:
+            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage"))
+            if not pull and followed and "flow/fidelity" not in metrics:
                 self._measure_fidelity(sampler, prompt_ids, output, places[0])
             size = self.args.prompts_per_micro_batch
             parts = [slice(start, start + size) for start in range(0, len(rows), size)]
