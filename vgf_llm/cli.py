@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from vgf_llm.control.commands import add_control_command
 
 if TYPE_CHECKING:
     from vgf_llm.flow import TransportBudget
-    from vgf_llm.text import VGFSampler
     from vgf_llm.text.sampler import Prompt
 
 
@@ -77,6 +75,8 @@ def sample(
     """
     import torch
 
+    from vgf_llm.evaluation.loading import load_sampler
+
     sampler = load_sampler(
         model, reward_models, temperature=temperature, top_k=top_k, top_p=top_p, horizon=horizon, movers=movers
     )
@@ -89,56 +89,6 @@ def sample(
         {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
         for prompt, completion, row in zip(prompts, output.completions, numbers, strict=True)
     ]
-
-
-def load_sampler(
-    model: str,
-    reward_models: Sequence[str],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    horizon: int | None = 0,
-    movers: int | None = None,
-) -> VGFSampler:
-    """The sampler of `sample`, whose arguments and errors these are."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from vgf_llm.text import DifferentiableReward, VGFSampler
-
-    for name in (model, *reward_models):
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:  # whose message need not name the model
-            raise ValueError(f"cannot load {name}: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
-    language_model.to("cuda" if torch.cuda.is_available() else "cpu")
-    beside = [Path(name) / "calibration.json" for name in reward_models]
-    calibration = [_read_calibration(path) for path in beside] if all(path.is_file() for path in beside) else None
-    return VGFSampler(
-        language_model,
-        DifferentiableReward(list(reward_models), tokenizer, calibration=calibration),
-        tokenizer,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        horizon=horizon,
-        movers=movers,
-    )
-
-
-def _read_calibration(path: Path) -> tuple[float, float]:
-    try:
-        mean, std = map(float, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} does not hold [mean, standard deviation] of the reward model's score") from None
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"{path}: mean {mean} and standard deviation {std} must be finite, the latter positive")
-    return mean, std
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -235,6 +185,7 @@ def _run_sample(args: argparse.Namespace) -> None:
 
 def _run_serve(args: argparse.Namespace) -> None:
     try:
+        from vgf_llm.evaluation.loading import load_sampler
         from vgf_llm.serving import Limits, create_app, listen, serve
     except ModuleNotFoundError as error:
         raise ValueError(f"vgf serve needs {error.name}: pip install 'vgf_llm[serve]'") from None
