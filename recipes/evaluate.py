@@ -11,9 +11,9 @@ With a judge as well, a program or a model behind an OpenAI-compatible endpoint:
 
     python recipes/evaluate.py --config ... --judge_base_url http://127.0.0.1:8001/v1 --judge_model NAME
 
-Every field of `EvaluationConfig` (`vgf_llm.evaluation.evaluate`) is an option and a key of the YAML file. The data set needs a column
-"prompt"; answers to compare with are in "reference", "chosen", or the columns that `--against` names. Writes report.html, report.json,
-report.md and figures to `output_dir`. A run that was killed goes on where it stopped.
+Every field of `EvaluationConfig` is an option and a key of the YAML file. The data set needs a column "prompt"; answers to
+compare with are in "reference", "chosen", or the columns that `--against` names. Writes report.html, report.json, report.md and
+figures to `output_dir`. A run that was killed goes on where it stopped.
 """
 
 import sys
@@ -21,7 +21,8 @@ from collections.abc import Sequence
 
 from trl import TrlParser
 
-from vgf_llm.evaluation.evaluate import EvaluationConfig, evaluate
+from vgf_llm.evaluation.evaluate import evaluate
+from vgf_llm.evaluation.evaluation_config import EvaluationConfig
 
 
 def main(config: EvaluationConfig) -> None:

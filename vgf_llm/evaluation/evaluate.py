@@ -1,8 +1,8 @@
 """`vgf evaluate`: one pool of particles per prompt, and what base, best-of-n, VGF and students make of it.
 
 Everything is measured on the same prompts and seeds: the first N particles of the pool are those that VGF moves, so that its
-budget 0 is best-of-N of the pool bit for bit, and differences are paired. Every finished stage is kept in the output
-directory under a hash of what it was made from, so a killed run goes on where it stopped; the report itself appears when it is complete.
+budget 0 is best-of-N of the pool bit for bit, and differences are paired. Every finished stage is kept in the output directory
+under a hash of what it was made from, so a killed run goes on where it stopped; the report itself appears when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from vgf_llm.text.sampler import Prompt
 from vgf_llm.trainer.rewards import TextRewardModel
 
 from .controls import random_direction
+from .evaluation_config import EvaluationConfig
 from .judge import Comparison, command_judge, endpoint_judge, judge
 from .loading import check_model, load_language_model, load_reward, load_sampler
 from .metrics import bootstrap_ci, distinct_n, judge_nll, length_slope, paired_bootstrap_ci, selection_kl, self_bleu
@@ -46,116 +47,6 @@ Gold = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 Stage = dict[str, Any]
 # Noise of the sample that stands for the base model as an opponent: never the pool's.
 OPPONENT_SEED = 1_000_000
-
-
-@dataclass
-class EvaluationConfig:
-    """What is evaluated, on what, and how it is judged. Every field is an option and a YAML key of `vgf evaluate`."""
-
-    model_name_or_path: str = field(default="", metadata={"help": "Base language model: a directory or a hub id."})
-    reward_model_name_or_path: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reward model(s) that are followed and selected by (the proxy). Several are an ensemble."},
-    )
-    gold_reward_model_name_or_path: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Held-out reward model(s) that judge; may have another vocabulary. None of the proxy's may be among them."},
-    )
-    student_name_or_path: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Trained policies to measure beside the sampler, as DIR or NAME=DIR, with the base model's vocabulary."},
-    )
-    judge_lm_name_or_path: str | None = field(
-        default=None, metadata={"help": "Language model that wrote none of the answers, for likelihood. Default: none."}
-    )
-    dataset_name: str = field(default="", metadata={"help": "JSONL file, directory or hub id with a column prompt."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of a directory or hub id."})
-    hh_transcripts: bool = field(default=False, metadata={"help": "The data set holds raw transcripts of Anthropic's HH-RLHF."})
-    against: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Columns of answers to compare with. Default: those of reference and chosen that the data has."},
-    )
-    max_prompts: int = field(default=128, metadata={"help": "The first so many prompts that fit; 0 takes all."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longer prompts, in tokens, are left out and counted. Default: what fits the context."}
-    )
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Report, page, figures, judge's log, finished stages."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Seeds of the noise; every prompt is sampled with each. Three or more for figures to be reported."},
-    )
-    pool_size: int = field(default=32, metadata={"help": "Samples of the base model per prompt and seed, for best-of-n up to it."})
-    num_particles: int = field(default=8, metadata={"help": "N of VGF: the first N samples of the pool."})
-    max_completion_length: int = field(default=64, metadata={"help": "T, in tokens."})
-    flow_steps: int = field(default=5, metadata={"help": "Flow steps L of every budget but 0, which is always measured."})
-    flow_step_size: float = field(default=0.1, metadata={"help": "Length of a step, in distances between two token embeddings."})
-    flow_kl_budgets: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 4.0], metadata={"help": "Budgets to measure: nats that one decode may spend."}
-    )
-    flow_rounds: int = field(default=1, metadata={"help": "How often flow and decode alternate."})
-    flow_horizon: int = field(default=0, metadata={"help": "Tokens a tilt outlives the first change; -1: to the end."})
-    flow_movers: int | None = field(default=None, metadata={"help": "Best particles a round moves. Default: all."})
-    flow_batch_size: int = field(default=32, metadata={"help": "Completions in memory at once; changes no result."})
-    random_control: bool = field(
-        default=True, metadata={"help": "Also move particles in random directions: what decoding again and verifying is worth alone."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of the base model."})
-    top_k: int = field(default=0, metadata={"help": "Of the base model; 0 keeps all tokens."})
-    top_p: float = field(default=1.0, metadata={"help": "Of the base model; 1.0 keeps all tokens."})
-    tie_margin: float = field(default=0.0, metadata={"help": "Gold rewards that differ by at most this are a tie."})
-    judge_command: str | None = field(
-        default=None,
-        metadata={"help": "Judge that is a program and its words: reads {prompt, a, b} as JSON, prints A, B or tie. No shell runs it."},
-    )
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "Judge behind an OpenAI-compatible endpoint; key in OPENAI_API_KEY."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's model name at the endpoint."})
-    judge_retries: int = field(default=2, metadata={"help": "Times a question is asked again after nonsense; then it is counted."})
-    judge_workers: int = field(default=4, metadata={"help": "Questions to the judge at once."})
-    examples: int = field(default=12, metadata={"help": "Prompts shown side by side on the page."})
-    title: str = field(default="Evaluation", metadata={"help": "Heading of the page, name of the task in tables."})
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("model_name_or_path", self.model_name_or_path),
-            ("reward_model_name_or_path", self.reward_model_name_or_path),
-            ("dataset_name", self.dataset_name),
-        ):
-            if not value:
-                raise ValueError(f"give --{name}")
-        if shared := set(self.reward_model_name_or_path) & set(self.gold_reward_model_name_or_path):
-            raise ValueError(f"{', '.join(sorted(shared))} is proxy and gold: what is optimised cannot judge itself")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds must be different numbers, at least one")
-        for name, value, lowest in (
-            ("num_particles", self.num_particles, 1), ("pool_size", self.pool_size, self.num_particles), ("max_prompts", self.max_prompts, 0),
-            ("flow_steps", self.flow_steps, 1), ("judge_retries", self.judge_retries, 0), ("judge_workers", self.judge_workers, 1),
-            ("examples", self.examples, 0), ("flow_horizon", self.flow_horizon, -1), ("tie_margin", self.tie_margin, 0.0),
-        ):  # fmt: skip
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        if any(budget <= 0 for budget in self.flow_kl_budgets) or len(set(self.flow_kl_budgets)) != len(self.flow_kl_budgets):
-            raise ValueError("flow_kl_budgets must be positive and different: budget 0 is always measured")
-        if self.judge_command and self.judge_base_url:
-            raise ValueError("give judge_command or judge_base_url, not both")
-        if bool(self.judge_base_url) != bool(self.judge_model):
-            raise ValueError("a judge behind an endpoint needs judge_base_url and judge_model")
-        if len(set(self.students)) != len(self.student_name_or_path):
-            raise ValueError("two students have the same name: give NAME=DIR")
-        _ = [self.budget(kl) for kl in self.flow_kl_budgets]
-
-    @property
-    def students(self) -> dict[str, str]:
-        """Path of every student by its name."""
-        pairs = [entry.partition("=") if "=" in entry else (Path(entry).name, "", entry) for entry in self.student_name_or_path]
-        return {name: path for name, _, path in pairs}
-
-    def budget(self, kl_budget: float) -> TransportBudget:
-        return TransportBudget(
-            steps=self.flow_steps, step_size=self.flow_step_size, kl_budget=kl_budget, rounds=self.flow_rounds
-        )  # fmt: skip
 
 
 @dataclass
@@ -352,9 +243,7 @@ class _Run:
             n = self.config.num_particles
             particles = self._sample(sampler, share, n, TransportBudget(steps=0), seed).initial
             # KL is measured between the models at temperature 1, whatever they were sampled with.
-            nll, own = (
-                self._nll(model, share, particles.completion_ids) for model in (self.sampler.model, cast(PreTrainedModel, model))
-            )
+            nll, own = (self._nll(which, share, particles.completion_ids) for which in (self.sampler.model, model))
             rewards = particles.rewards.tolist()
             stage = self._judged(share, particles.completions, particles.completion_ids, rewards, nll)
             stage["log_ratio"] = (np.array(nll) - np.array(own)).mean(1).tolist()
@@ -418,7 +307,7 @@ class _Run:
         if tokenizer.get_vocab() == self.tokenizer.get_vocab():
             return self._nll(model, share, ids)
         # In the judge's own tokens; the prompt as the base model reads it, without its special tokens.
-        prompts = [
+        prompts: list[Any] = [
             self.tokenizer.decode(self.questions.ids[i], skip_special_tokens=True)
             for i, row in zip(share, completions, strict=True)
             for _ in row
@@ -447,12 +336,19 @@ class _Run:
         return [*ids, cast(int, tokenizer.eos_token_id)] if end is None else ids[: end + 1]
 
     def _stage(
-        self, name: str, settings: dict[str, Any], said: str, make: Callable[[list[int], int], Stage], seeds: Sequence[int] | None = None
+        self,
+        name: str,
+        settings: dict[str, Any],
+        said: str,
+        make: Callable[[list[int], int], Stage],
+        seeds: Sequence[int] | None = None,
     ) -> Stage:
         """Columns over prompts and seeds, seeds outermost: computed, or read from a finished stage of the same settings."""
         digest = hashlib.sha256(json.dumps([self.common, settings], sort_keys=True, default=str).encode()).hexdigest()[:12]
         path = self.directory / f"{name.replace('/', '-')}-{digest}.json"
-        found: list[Any] = [json.loads(path.read_text(encoding="utf-8")) if self.state.is_main_process and path.is_file() else None]
+        found: list[Any] = [
+            json.loads(path.read_text(encoding="utf-8")) if self.state.is_main_process and path.is_file() else None
+        ]
         broadcast_object_list(found)
         if found[0] is not None:
             self.say(f"{said}: finished before")
@@ -507,13 +403,19 @@ def _gold_scorer(config: EvaluationConfig, sampler: VGFSampler) -> _Scorer:
     if model.config.num_labels != 1:
         raise ValueError(f"gold reward model {names[0]} has num_labels={model.config.num_labels}: a reward needs 1")
     text_reward = TextRewardModel(model.to(device), theirs)
+    # A reward model without a template of its own reads chats as the base model does.
+    rendered = theirs.chat_template is None
     ends = set(sampler.eos_ids.tolist())
 
     def by_text(
         prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]], answers: Sequence[str], ids: Sequence[list[int]]
     ) -> list[float]:
+        if rendered:
+            prompts = [tokenizer.decode(row, skip_special_tokens=True) for row in prompt_ids]
+            answers = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         said: list[Any] = [
-            a if isinstance(p, str) else [{"role": "assistant", "content": a.strip()}] for p, a in zip(prompts, answers, strict=True)
+            a if isinstance(p, str) else [{"role": "assistant", "content": a.strip()}]
+            for p, a in zip(prompts, answers, strict=True)
         ]
         ended, scores = [row[-1] in ends for row in ids], []
         for i in range(0, len(ids), batch):
@@ -523,7 +425,9 @@ def _gold_scorer(config: EvaluationConfig, sampler: VGFSampler) -> _Scorer:
     return by_text
 
 
-def _pad(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(
+    rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [cast(int, tokenizer.pad_token_id)] * (width - len(row)) for row in rows], device=device)
     return ids, torch.arange(width, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
@@ -557,7 +461,7 @@ def _questions(config: EvaluationConfig, sampler: VGFSampler) -> Questions:
             break
     if not prompts:
         raise ValueError(
-            f"none of the {left_out} prompts of {config.dataset_name} fits: raise max_prompt_length, or lower max_completion_length"
+            f"none of the {left_out} prompts of {config.dataset_name} fits; see max_prompt_length and max_completion_length"
         )
     return Questions(prompts, ids, opponents, left_out)
 
@@ -597,7 +501,9 @@ def _by_prompt(values: Any, seeds: int) -> np.ndarray:
     return np.moveaxis(array.reshape(seeds, -1, *array.shape[1:]), 0, 1)
 
 
-def _rows(config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[str, list[str]]) -> tuple[list[dict[str, Any]], Any]:
+def _rows(
+    config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[str, list[str]]
+) -> tuple[list[dict[str, Any]], Any]:
     """Rows of the report, and best-of-n for every n."""
     seeds, pool, size, n = len(config.seeds), answers["pool"], config.pool_size, config.num_particles
     columns = [name for name in ("gold", "proxy", "nll_base", "nll_judge", "length") if name in pool]
@@ -608,7 +514,7 @@ def _rows(config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[s
 
     def values(stage: Stage) -> dict[str, np.ndarray]:
         """Everything that is averaged, each [S * P, M]."""
-        found = {name: np.asarray(stage[name], dtype=np.float64) for name in columns}
+        found: dict[str, np.ndarray] = {name: np.asarray(stage[name], dtype=np.float64) for name in columns}
         found["lc"] = found["gold"] - slope * (found["length"] - typical)
         for name, theirs in gold_of.items():
             gap = found["gold"] - theirs[:, None]
@@ -653,7 +559,9 @@ def _rows(config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[s
         by_proxy = np.asarray(pool["proxy"])[:, :k].argmax(1).tolist()
         texts = [found[i] for found, i in zip(pool["completions"], by_proxy, strict=True)]
         more = {"num_particles": k, "generations": float(k), "steps": 0, "kl_nats": best_of_n_kl(k)}
-        rows.append(row("base" if k == 1 else "best_of_n", {name: curve[:, k - 1] for name, curve in curves.items()}, texts, **more))
+        rows.append(
+            row("base" if k == 1 else "best_of_n", {name: curve[:, k - 1] for name, curve in curves.items()}, texts, **more)
+        )
     texts = [found[i] for found, i in zip(pool["completions"], best.tolist(), strict=True)]
     more = {"num_particles": n, "generations": float(n), "steps": 0, "kl_budget": 0.0, "kl_nats": best_of_n_kl(n)}
     rows.append(row("vgf", zero, texts, **more))

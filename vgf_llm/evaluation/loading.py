@@ -17,6 +17,8 @@ from vgf_llm.text import DifferentiableReward, VGFSampler
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model, on the GPU if there is one, and its tokenizer, with a padding token.
 
+    A directory of adapters is a model too: they are merged into the base model that it names.
+
     Raises:
         ValueError: it cannot be loaded; the message names it.
     """
@@ -24,7 +26,13 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(name)
+    model: Any
+    if _is_adapter(name):
+        from peft import AutoPeftModelForCausalLM  # without adapters, torch and transformers are enough
+
+        model = AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer
 
@@ -58,10 +66,16 @@ def load_sampler(model: str, reward_models: Sequence[str], **options: Any) -> VG
 
 def check_model(name: str) -> None:
     """Raises ValueError, naming the model, where there is none of this name."""
+    if _is_adapter(name):
+        return
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:  # whose message need not name the model
         raise ValueError(f"cannot load {name}: {error}") from None
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
 
 
 def _read_calibration(path: Path) -> tuple[float, float]:

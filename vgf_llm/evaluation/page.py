@@ -53,9 +53,7 @@ def render_page(report: dict[str, Any], figures: Sequence[tuple[str, bytes]]) ->
         lstrip_blocks=True,
     )
     environment.globals.update(changes=changes, sparkline=sparkline)
-    images = [
-        {"name": name, "caption": CAPTIONS.get(name, ""), "data": base64.b64encode(png).decode()} for name, png in figures
-    ]
+    images = [{"name": name, "caption": CAPTIONS.get(name, ""), "data": base64.b64encode(png).decode()} for name, png in figures]
     return environment.get_template("page.html.jinja").render(
         report=report, images=images, method_names=METHOD_NAMES, summary=_summary(report)
     )

@@ -3,9 +3,10 @@
 A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_random, vgf_flip, vgf_shuffle, student_best_of_n,
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
-`seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and opponent
-`rate`, `low`, `high` and `ties`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`,
-`kl_lower` in nats. A value may be absent or None; a table shows "-" there, and leaves out a column that no row fills.
+`seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
+opponent `rate`, `low`, `high` and `ties`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`,
+`reward_gold_population`, `kl_lower` in nats. A value may be absent or None; a table shows "-" there, and leaves out a
+column that no row fills.
 """
 
 from __future__ import annotations
