@@ -36,8 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[EvaluationConfig]:
         ValueError: an unknown key or value, or a combination that does not work.
     """
     (config,) = TrlParser((EvaluationConfig,)).parse_args_and_config(argv)
-    if not config.gold_reward_model_name_or_path:
-        raise ValueError("give --gold_reward_model_name_or_path: a reward model that was not optimised has to judge")
+    config.check_complete()
     return (config,)
 
 

@@ -271,7 +271,6 @@ def test_chats_and_their_answers(models, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"dataset_name": ""}, "give --dataset_name"),
         ({"num_particles": 9}, "pool_size must be at least 9"),
         ({"flow_kl_budgets": [0.0]}, "flow_kl_budgets must be positive"),
         ({"flow_kl_budgets": [1.0, 1.0]}, "different"),
@@ -295,6 +294,7 @@ def test_the_proxy_cannot_be_gold(config, models):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
+        ({"dataset_name": ""}, "give --dataset_name"),
         ({"gold_reward_model_name_or_path": []}, "give --gold_reward_model_name_or_path"),
         ({"gold_reward_model_name_or_path": ["/no/such/gold"]}, "cannot load /no/such/gold"),
         ({"student_name_or_path": ["/no/such/student"]}, "cannot load /no/such/student"),

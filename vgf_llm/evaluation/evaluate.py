@@ -74,8 +74,7 @@ def evaluate(config: EvaluationConfig, gold: Gold | None = None, say: Callable[[
         ValueError: a model, column or setting that does not work; says which.
         JudgeDown: the judge cannot be asked. Run the same again: nothing that is finished is repeated.
     """
-    if gold is None and not config.gold_reward_model_name_or_path:
-        raise ValueError("give --gold_reward_model_name_or_path: a reward model that was not optimised has to judge")
+    config.check_complete(gold is not None)
     state = PartialState()
     out, started = Path(config.output_dir), time.perf_counter()
     # What can fail fails before anything is sampled.
@@ -411,8 +410,9 @@ def _gold_scorer(config: EvaluationConfig, sampler: VGFSampler) -> _Scorer:
         prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]], answers: Sequence[str], ids: Sequence[list[int]]
     ) -> list[float]:
         if rendered:
-            prompts = [tokenizer.decode(row, skip_special_tokens=True) for row in prompt_ids]
-            answers = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            prompts, answers = (
+                [cast(str, tokenizer.decode(row, skip_special_tokens=True)) for row in rows] for rows in (prompt_ids, ids)
+            )
         said: list[Any] = [
             a if isinstance(p, str) else [{"role": "assistant", "content": a.strip()}]
             for p, a in zip(prompts, answers, strict=True)
