@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-distributed lint clean
+.PHONY: venv demo demo-rlhf docs test test-distributed lint clean
 
 venv: $(STAMP)
 
@@ -21,6 +21,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(VENV)/bin/vgf demo
+
+# make demo-rlhf DATA=DIR: supervised model, reward models, VGF and its page on Anthropic's HH-RLHF, whose files are in DIR.
+demo-rlhf: $(STAMP)
+	@test -n "$(DATA)" || { echo "Say where the .jsonl or .jsonl.gz files of HH-RLHF are: make demo-rlhf DATA=DIR" >&2; exit 2; }
+	$(VENV)/bin/python -m benchmarks.rlhf_hh --data "$(DATA)"
+
+docs: $(STAMP)
+	$(VENV)/bin/python docs/config_page.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # A process per core, each with one thread: several threads on models this small spend their time waiting for each other.
 test: $(STAMP)

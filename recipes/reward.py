@@ -34,6 +34,7 @@ from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from vgf_llm.data.loading import load_splits
@@ -118,7 +119,10 @@ def main(script_args: RewardScriptArguments, training_args: RewardConfig, model_
     check_end(trainer.processing_class, trainer.train_dataset[0]["chosen_ids"])
     if script_args.flow_aware_model_name_or_path:
         make_flow_aware(trainer, script_args.flow_aware_model_name_or_path, model_args.dtype)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    if resume == "auto":  # the newest checkpoint, if there is one: the same command starts and goes on
+        resume = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.wait_for_everyone()
     if model_args.use_peft and trainer.accelerator.is_main_process:

@@ -1,4 +1,6 @@
-"""What benchmarks/trainer_vs_trl.py makes of its measurements."""
+"""What benchmarks/trainer_vs_trl.py makes of its measurements, and whether the pipeline runs."""
+
+import json
 
 import pytest
 
@@ -82,3 +84,24 @@ def test_every_method_has_settings():
 def test_the_figure_shows_every_method(tmp_path):
     benchmark.plot([run(method, FAST, 1.0) for method in benchmark.METHODS], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_pipeline_on_transcripts(tmp_path, monkeypatch):
+    """Every stage of benchmarks/rlhf_hh.py, on dialogues made here, ends in the page."""
+    from benchmarks import rlhf_hh
+
+    rows = []
+    for index in range(40):
+        prompt = f"\n\nHuman: question {index} about the food\n\nAssistant: fine\n\nHuman: and the room {index % 7}"
+        answers = (f"{prompt}\n\nAssistant: it was {word} and number {index % 5}" for word in ("good", "bad"))
+        rows.append(dict(zip(("chosen", "rejected"), answers, strict=True)))
+    rows.append({"chosen": "no turns", "rejected": ""})
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    words = ["rlhf_hh", "--data", str(tmp_path / "hh.jsonl"), "--quick", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    rlhf_hh.main()
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in report["rows"]][-1] == "student: VGF"
+    assert "it was good" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "rlhf_hh.json").exists()

@@ -72,6 +72,36 @@ def test_sample_writes_one_record_per_prompt(arguments, capsys):
         assert record["generations"] >= 4
 
 
+def test_a_completion_is_printed_as_soon_as_it_is_final(arguments, prompts, monkeypatch, capsys):
+    """Prompts go through in chunks of `flow_batch_size` completions; what is final does not wait for the rest."""
+    prompts.write_text("the food was\n" * 20, encoding="utf-8")
+    from vgf_llm.text import VGFSampler
+
+    real, shown = VGFSampler.sample, []
+
+    def sample(self, *args, **kwargs):
+        shown.append(capsys.readouterr().out)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(VGFSampler, "sample", sample)
+    assert cli.main(arguments()) == 0
+    shown.append(capsys.readouterr().out)
+    assert [len(out.splitlines()) for out in shown] == [0, 8, 8, 4]
+
+
+def test_a_person_is_asked_for_prompts(arguments, tmp_path, monkeypatch, capsys):
+    lines = iter(["the food was", "good " * 60, "staff"])
+    monkeypatch.setattr("builtins.input", lambda question: next(lines, ""))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert cli.main(arguments("--prompts", "-", "--output", tmp_path / "out.jsonl")) == 0
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == ["the food was", "staff"]
+    assert captured.out.splitlines() == [record["completion"] for record in records]
+    assert "does not fit the context" in captured.err  # the second, and the third was asked for all the same
+    assert captured.err.count("over best-of-N") == 2
+
+
 def test_zero_steps_is_best_of_n(arguments, capsys):
     assert cli.main(arguments("--steps", 0)) == 0
     for line in capsys.readouterr().out.splitlines():
@@ -198,6 +228,26 @@ def test_bad_options(arguments, capsys, options, says):
 def test_a_missing_option_or_command_is_one_line(capsys):
     assert "--model" in fails(["sample"], capsys)
     assert "COMMAND" in fails([], capsys)
+
+
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_recipes_are_commands(name, monkeypatch):
+    import importlib
+
+    script = importlib.import_module(f"vgf_llm.recipes.{name}")
+    seen = []
+    monkeypatch.setattr(script, "parse", lambda argv: (name, *argv))
+    monkeypatch.setattr(script, "main", lambda *args: seen.append(args))
+    assert cli.main([name, "--config", "c.yaml", "--seed", "1"]) == 0
+    assert seen == [(name, "--config", "c.yaml", "--seed", "1")]
+
+
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_bad_input_of_a_recipe_is_one_line(name, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("nonsense: 1\n", encoding="utf-8")
+    more = [] if name == "evaluate" else ["--use_cpu", "true"]
+    assert "nonsense" in fails([name, "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), *more], capsys)
+    assert "no-such.yaml" in fails([name, "--config", str(tmp_path / "no-such.yaml")], capsys)
 
 
 def test_demo_hands_its_options_over(monkeypatch, tmp_path):

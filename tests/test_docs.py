@@ -1,10 +1,15 @@
-"""Examples of README.md and docs/sampler.md run on tiny models; links between pages lead somewhere.
+"""Examples of README.md, docs/sampler.md and docs/evaluation.md run on tiny models; links between pages lead somewhere; the site
+builds without a warning.
 
 docs/flow.md and docs/trainer.md are run where their rooms are tested.
 """
 
+import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +29,10 @@ def blocks(page, language):
 def folder(saved, tmp_path, monkeypatch):
     """A working directory with the models that the examples name."""
     shutil.copytree(saved["lm"], tmp_path / "my-sft-model")
-    for name in ("my-reward-model", "my-reward-model-0", "my-reward-model-1"):
+    for name in ("my-reward-model", "my-reward-model-0", "my-reward-model-1", "my-gold-model"):
         shutil.copytree(saved["reward"], tmp_path / name)
     (tmp_path / "prompts.txt").write_text("the food was\n", encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "the food was", "chosen": " good"}\n', encoding="utf-8")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the food was"}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -43,6 +49,36 @@ def test_examples_run(page, folder, capsys):
         assert name == "vgf"
         assert cli.main([*arguments, "--max-completion-length", "8"]) == 0
     assert (folder / "completions.jsonl").exists()
+
+
+def test_the_evaluation_runs_as_printed(folder):
+    (command,) = blocks(ROOT / "docs" / "evaluation.md", "sh")
+    name, *arguments = command.replace("\\\n", " ").split()
+    assert name == "vgf"
+    small = ["--pool_size", "4", "--num_particles", "2", "--max_completion_length", "6", "--flow_kl_budgets", "2"]
+    assert cli.main([*arguments, *small]) == 0
+    assert (folder / "outputs" / "evaluation" / "report.html").exists()
+
+
+def test_the_page_of_all_fields_is_current():
+    spec = importlib.util.spec_from_file_location("config_page", ROOT / "docs" / "config_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == module.page(), "run: python docs/config_page.py"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # which is about the theme's next version
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="https?://(?!squidfunk|www.mkdocs)', page)  # but for the makers of the theme
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page.name for page in PAGES[1:] if f": {page.name}" not in navigation]
 
 
 def anchors(page):

@@ -1,6 +1,7 @@
 """The command `vgf`. Thin: every command is a function of this module, and the work is done elsewhere.
 
     vgf demo                                                 the whole method on the embedded data, on a CPU
+    vgf sft|reward|vgf|evaluate --config FILE                 the recipes, with options that win over the file
     vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
     vgf control train|eval|generate                          continuous control on the same flow
     vgf serve --model DIR --reward-model DIR                  the same over HTTP, as OpenAI's API
@@ -12,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -24,8 +25,14 @@ from vgf_llm import __version__
 from vgf_llm.control.commands import add_control_command
 
 
+RECIPES = {
+    "sft": "supervised fine-tuning: the base model",
+    "reward": "a reward model from preference pairs",
+    "vgf": "fit a policy to transported completions",
+    "evaluate": "base, best-of-n, VGF and policies under a gold reward model, as one page",
+}
+
 if TYPE_CHECKING:
-    from vgf_llm.flow import TransportBudget
     from vgf_llm.text import VGFSampler
     from vgf_llm.text.sampler import Prompt
 
@@ -43,102 +50,46 @@ def demo(output_dir: str | Path = "outputs/demo", scale: str = "default") -> dic
     return run_demo(Path(output_dir), scale)
 
 
-def sample(
-    model: str,
-    reward_models: Sequence[str],
-    prompts: Sequence[Prompt],
-    *,
-    num_particles: int = 8,
-    budget: TransportBudget | None = None,
-    max_completion_length: int = 64,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    horizon: int | None = 0,
-    movers: int | None = None,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """The selected completion of every prompt, with what it earned and what it cost.
+def recipe(name: str, argv: Sequence[str]) -> None:
+    """Run a recipe on its options, `--config FILE` among them.
+
+    Raises:
+        ValueError, OSError: those of the recipe's `parse` and `main`.
+    """
+    script = import_module(f"vgf_llm.recipes.{name}")
+    script.main(*script.parse(list(argv)))
+
+
+def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int = 8, **options: Any) -> Iterator[dict[str, Any]]:
+    """The selected completion of every prompt, with what it earned and what it cost, each as soon as it is final.
 
     Args:
-        model, reward_models: paths or hub ids; several reward models are an ensemble (`DifferentiableReward`). They
-            run on the GPU if there is one. A `calibration.json` (mean and standard deviation of the score) beside every one
-            of them makes an ensemble comparable.
-        The others: as in `VGFSampler` and `VGFSampler.sample`.
+        sampler: e.g. of `vgf_llm.evaluation.loading.load_sampler`.
+        prompts: as in `VGFSampler.sample`.
+        num_particles: N.
+        options: `budget`, `max_completion_length` and `seed` of `VGFSampler.sample`.
 
-    Returns:
+    Yields:
         One record per prompt: `prompt`, `completion`, `reward`, `reward_initial_best` (what best-of-N over the initial
         particles earns), `kl` (nats spent by the tilts of the selected completion) and `generations` (completions
         decoded, `VGFOutput.generations`).
 
     Raises:
-        ValueError, OSError: those of `VGFSampler` and of loading a model.
+        ValueError: those of `VGFSampler.sample`, before anything is sampled where a prompt is to blame.
     """
     import torch
 
-    sampler = load_sampler(
-        model, reward_models, temperature=temperature, top_k=top_k, top_p=top_p, horizon=horizon, movers=movers
-    )
-    output = sampler.sample(prompts, num_particles, budget, max_completion_length, seed, progress=progress)
-    spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
-    columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
-    numbers = zip(*(column.tolist() for column in columns), strict=True)
-    names = ("reward", "reward_initial_best", "kl", "generations")
-    return [
-        {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
-        for prompt, completion, row in zip(prompts, output.completions, numbers, strict=True)
-    ]
-
-
-def load_sampler(
-    model: str,
-    reward_models: Sequence[str],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    horizon: int | None = 0,
-    movers: int | None = None,
-) -> VGFSampler:
-    """The sampler of `sample`, whose arguments and errors these are."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from vgf_llm.text import DifferentiableReward, VGFSampler
-
-    for name in (model, *reward_models):
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:  # whose message need not name the model
-            raise ValueError(f"cannot load {name}: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
-    language_model.to("cuda" if torch.cuda.is_available() else "cpu")
-    beside = [Path(name) / "calibration.json" for name in reward_models]
-    calibration = [_read_calibration(path) for path in beside] if all(path.is_file() for path in beside) else None
-    return VGFSampler(
-        language_model,
-        DifferentiableReward(list(reward_models), tokenizer, calibration=calibration),
-        tokenizer,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        horizon=horizon,
-        movers=movers,
-    )
-
-
-def _read_calibration(path: Path) -> tuple[float, float]:
-    try:
-        mean, std = map(float, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} does not hold [mean, standard deviation] of the reward model's score") from None
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"{path}: mean {mean} and standard deviation {std} must be finite, the latter positive")
-    return mean, std
+    sampler.encode(prompts, options.get("max_completion_length", 64))
+    per_call = max(1, sampler.flow_batch_size // max(1, num_particles))
+    for first in range(0, len(prompts), per_call):
+        some = prompts[first : first + per_call]
+        output = sampler.sample(some, num_particles, **options)
+        spent = torch.cat([output.transported.kl, output.initial.kl], 1).gather(1, output.selected[:, None])[:, 0]
+        columns = (output.rewards, output.initial.rewards.amax(1), spent, output.generations)
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        names = ("reward", "reward_initial_best", "kl", "generations")
+        for prompt, completion, row in zip(some, output.completions, numbers, strict=True):
+            yield {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -208,33 +159,60 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 
 def _run_sample(args: argparse.Namespace) -> None:
-    prompts = read_prompts(args.prompts)
+    talk = args.prompts == "-" and sys.stdin.isatty()
+    prompts = [] if talk else read_prompts(args.prompts)
+    from tqdm import tqdm
+
+    from vgf_llm.evaluation.loading import load_sampler
     from vgf_llm.flow import TransportBudget
 
-    budget = TransportBudget(steps=args.steps, kl_budget=args.kl_budget, rounds=args.rounds)
+    options = {
+        "num_particles": args.num_particles,
+        "budget": TransportBudget(steps=args.steps, kl_budget=args.kl_budget, rounds=args.rounds),
+        "max_completion_length": args.max_completion_length,
+        "seed": args.seed,
+    }
     # Opened first: a place that cannot be written must fail before the work is done.
     with open_output(args.output) as file:
-        records = sample(
-            args.model,
-            args.reward_model,
-            prompts,
-            num_particles=args.num_particles,
-            budget=budget,
-            max_completion_length=args.max_completion_length,
-            seed=args.seed,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            horizon=None if args.horizon < 0 else args.horizon,
-            movers=args.movers,
-            progress=True,
-        )
-        for record in records:
+        sampler = load_sampler(
+            args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            horizon=None if args.horizon < 0 else args.horizon, movers=args.movers,
+        )  # fmt: skip
+        if talk:
+            _talk(sampler, options, file if args.output else None)
+            return
+        for record in tqdm(sample(sampler, prompts, **options), desc="prompts", total=len(prompts)):
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+
+
+def _talk(sampler: VGFSampler, options: dict[str, Any], file: TextIO | None) -> None:
+    """Prompts from a person, one line each, until an empty line or the end of input. Records go to the file, if there is one."""
+    has_chat = sampler.processing_class.chat_template is not None
+    print("A prompt per line; an empty line ends.", file=sys.stderr)
+    while line := _ask("> "):
+        prompt: Prompt = [{"role": "user", "content": line}] if has_chat else line
+        try:
+            (record,) = sample(sampler, [prompt], **options)
+        except ValueError as error:  # of this prompt; the next one may be better
+            print(f"vgf: error: {error}", file=sys.stderr)
+            continue
+        print(record["completion"])
+        gain = record["reward"] - record["reward_initial_best"]
+        print(f"reward {record['reward']:.2f} ({gain:+.2f} over best-of-N), {record['generations']:.1f} decoded", file=sys.stderr)
+        if file is not None:
             print(json.dumps(record, ensure_ascii=False), file=file)
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(question)
+    except EOFError:
+        return ""
 
 
 def _run_serve(args: argparse.Namespace) -> None:
     try:
+        from vgf_llm.evaluation.loading import load_sampler
         from vgf_llm.serving import Limits, create_app, listen, serve
     except ModuleNotFoundError as error:
         raise ValueError(f"vgf serve needs {error.name}: pip install 'vgf_llm[serve]'") from None
@@ -269,6 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.set_defaults(run=_run_demo)
 
+    for name, help_text in RECIPES.items():  # whose options `main` leaves to the recipe
+        commands.add_parser(name, help=help_text)
+
     run = commands.add_parser(
         "sample", help="best transported completion of every prompt, as JSONL", formatter_class=with_defaults
     )
@@ -276,7 +257,12 @@ def _parser() -> argparse.ArgumentParser:
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
     run.add_argument("--model", metavar="DIR", help="causal language model", **required)
     run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
-    run.add_argument("--prompts", metavar="FILE", help='prompt per line, or JSONL with "prompt"; - is standard input', **required)
+    run.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='prompt per line, or JSONL with "prompt"; - is standard input, a terminal asks',
+        **required,
+    )
     run.add_argument("--num-particles", type=int, default=8, metavar="N", help="particles per prompt")
     run.add_argument("--steps", type=int, default=5, metavar="L", help="flow steps; 0 is best-of-N")
     run.add_argument("--kl-budget", type=float, default=2.0, metavar="NATS", help="what one decode may spend")
@@ -314,11 +300,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
-    for name in ("output", "movers"):  # without a default, so that the help shows none
-        setattr(args, name, getattr(args, name, None))
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
+        if argv and argv[0] in RECIPES:
+            recipe(argv[0], argv[1:])
+        else:
+            args = _parser().parse_args(argv)
+            for name in ("output", "movers"):  # without a default, so that the help shows none
+                setattr(args, name, getattr(args, name, None))
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("vgf: interrupted", file=sys.stderr)

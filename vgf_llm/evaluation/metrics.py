@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from sacrebleu.metrics import BLEU
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +35,34 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
         total += len(grams)
         seen.update(grams)
     return len(seen) / total if total else 0.0
+
+
+def self_bleu(texts: Sequence[str], limit: int = 64) -> float:
+    """Mean BLEU of every text against all others, in [0, 100]: how much texts repeat each other (Zhu et al. 2018, Texygen).
+
+    Sentence BLEU of sacrebleu with its tokeniser and effective order. 0.0 with fewer than two texts.
+
+    Args:
+        texts: of one method, over all prompts. It rises with their number, so compare equal numbers only.
+        limit: only the first so many, since the cost grows with their square.
+    """
+    texts = [text for text in texts[:limit] if text.strip()]
+    if len(texts) < 2:
+        return 0.0
+    bleu = BLEU(effective_order=True)
+    return float(np.mean([bleu.sentence_score(t, [*texts[:i], *texts[i + 1 :]]).score for i, t in enumerate(texts)]))
+
+
+def length_slope(lengths: ArrayLike, values: ArrayLike) -> float:
+    """Least-squares slope of values on lengths, both [P, M], within prompts: what one more token is worth by itself.
+
+    Each prompt's means are taken out first, so that prompts which ask for long answers do not count as a liking for length. 0.0
+    where no lengths differ.
+    """
+    x, y = (np.asarray(a, dtype=np.float64) for a in (lengths, values))
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    spread = float((x * x).sum())
+    return float((x * y).sum()) / spread if spread else 0.0
 
 
 def bootstrap_ci(values_by_prompt: ArrayLike, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
@@ -99,7 +128,7 @@ def _by_prompt(values: ArrayLike, name: str) -> np.ndarray:
 def judge_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     batch_size: int = 256,
 ) -> Tensor:
@@ -111,7 +140,7 @@ def judge_nll(
     Args:
         model: causal language model, best one that wrote none of the completions.
         tokenizer: of the judge. `completion_ids` have to be its tokens.
-        prompts: [R] strings in final form.
+        prompts: [R] strings in final form, or their token ids.
         completion_ids: [R] lists of tokens, with the end-of-sequence token where it was said. An empty one costs 0.
         batch_size: rows in memory at once.
 
@@ -129,8 +158,11 @@ def judge_nll(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    encoded = {prompt: _encode(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
-    rows = [(encoded[prompt], list(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+    encoded = {prompt: _encode(tokenizer, prompt) for prompt in dict.fromkeys(p for p in prompts if isinstance(p, str))}
+    rows = [
+        (encoded[prompt] if isinstance(prompt, str) else list(prompt), list(ids))
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
     vocab = model.get_output_embeddings().weight.shape[0]
     context = getattr(model.config, "max_position_embeddings", None)
     for index, (prompt, ids) in enumerate(rows):

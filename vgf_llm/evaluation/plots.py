@@ -141,11 +141,80 @@ def plot_budget(rows: Sequence[Row], path: str | Path) -> None:
             said = " and ".join(f"{budget:g}" for budget in sorted({budget for budget, *_ in peaks}))
             edge = " (largest tried)" if peaks and all(last for *_, last in peaks) else ""
             above.set(title=f"{task}\ngold is highest at {said} nats{edge}" if peaks else task)
-            above.set_ylabel("proxy reward\n(calibrated standard deviations)")
+            above.set_ylabel("proxy reward")
             below.set(xlabel="KL budget of a decode (nats per completion, log scale)", ylabel="gold reward")
             above.tick_params(labelbottom=False)
         _legend(figure, axes)
         _save(figure, path)
+
+
+def plot_overoptimisation(rows: Sequence[Row], path: str | Path) -> None:
+    """Gold reward against the proxy that was optimised: what a unit of proxy is worth, by each way to get it.
+
+    A curve that bends down has been optimised too far (Gao et al. 2023). Rows without both rewards are left out.
+
+    Raises:
+        ValueError: nothing to draw, or a row without task or method.
+        OSError: the file cannot be written.
+    """
+    with matplotlib.rc_context(_STYLE):
+        tasks = _tasks(rows, ("reward_proxy", "reward_gold"))
+        figure, axes = _panels(len(tasks), 1, "Over-optimisation: gold reward against proxy")
+        for (ax,), (task, of_task) in zip(axes, tasks.items(), strict=True):
+            curve = _best_of_n(ax, of_task, "reward_proxy", "best-of-n (number: n)")
+            _moved(ax, of_task, "reward_proxy")
+            ax.set(title=task, xlabel="proxy reward (optimised)", ylabel="gold reward (held out)")
+            ax.margins(x=0.06, y=0.12)
+            _annotate_n(ax, curve, "reward_proxy")
+        _legend(figure, axes)
+        _save(figure, path)
+
+
+def plot_wins(rows: Sequence[Row], path: str | Path) -> None:
+    """Win rate of every row in percent with its 95 % interval, one panel per judge and opponent; ties count half.
+
+    Best-of-n is drawn at the n of the other rows and at the largest alone. Rows without `wins` are left out.
+
+    Raises:
+        ValueError: nothing to draw.
+        OSError: the file cannot be written.
+    """
+    rows = [row for row in rows if row.get("wins")]
+    sizes = [row["num_particles"] for row in rows if row["method"] == "best_of_n"]
+    kept = {max(sizes, default=0), *(row["num_particles"] for row in rows if row["method"] == "vgf")}
+    rows = [row for row in rows if row["method"] != "best_of_n" or row["num_particles"] in kept]
+    pairs = list(dict.fromkeys((judge, against) for row in rows for judge, found in row["wins"].items() for against in found))
+    if not pairs:
+        raise ValueError("no row has wins: nothing to draw")
+    names = [_row_name(row) for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(6.4, 2.2 + 3.2 * len(pairs)), 1.4 + 0.36 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle("Win rate, ties counted half", fontsize=13)
+        axes = figure.subplots(1, len(pairs), squeeze=False, sharey=True)[0]
+        for ax, (judge, against) in zip(axes, pairs, strict=True):
+            ax.axvline(50, color=GREY, linestyle=":", linewidth=1.4)
+            for y, row in enumerate(rows):
+                found = row["wins"].get(judge, {}).get(against, {})
+                if found.get("rate") is None:
+                    continue
+                rate, low, high = (100 * found[key] for key in ("rate", "low", "high"))
+                colour = {"vgf": VERMILION, "vgf_random": GREY, "base": BLUE, "best_of_n": BLUE}.get(row["method"], GREEN)
+                ax.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+                ax.plot([rate], [y], "o", color=colour, markersize=6)
+            ax.set(title=f"{judge}: against {against}", xlabel="wins (%)", yticks=range(len(rows)), yticklabels=names)
+            ax.set_xlim(0, 100)
+        axes[0].invert_yaxis()
+        _save(figure, path)
+
+
+def _row_name(row: Row) -> str:
+    name = METHOD_NAMES.get(row["method"], row["method"])
+    if row["method"] == "best_of_n":
+        return f"best-of-{row['num_particles']:g}"
+    if row.get("kl_budget") == 0:
+        return f"VGF, L = 0 (N={row['num_particles']:g})"
+    return f"{name}, {row['kl_budget']:g} nats" if row.get("kl_budget") is not None else str(name)
 
 
 def _tasks(rows: Sequence[Row], needed: Sequence[str]) -> dict[str, list[Row]]:
@@ -203,7 +272,7 @@ def _moved(ax: Axes, rows: Sequence[Row], x: str, joined: bool = True) -> None:
     for method, marker in _CONTROLS.items():
         style: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 6, "linewidth": 1}
         _points(ax, _of(rows, method), x, f"control: {METHOD_NAMES[method]}", marker=marker, **style)
-    for method, (name, colour, marker) in _STUDENTS.items():
+    for method, (name, colour, marker) in (_STUDENTS | _named_students(rows)).items():
         style = {
             "color": colour,
             "linestyle": "none",
@@ -212,6 +281,13 @@ def _moved(ax: Axes, rows: Sequence[Row], x: str, joined: bool = True) -> None:
             "zorder": 4,
         }
         _points(ax, _of(rows, method), x, name, marker=marker, **style)
+
+
+def _named_students(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
+    """Policies of the user, method `student: NAME`."""
+    names = dict.fromkeys(row["method"] for row in rows if row["method"].startswith("student: "))
+    colours = (SKY, ORANGE, PURPLE, GREEN, BLUE, VERMILION)
+    return {name: (name, colours[i % len(colours)], "P") for i, name in enumerate(names)}
 
 
 def _line(
@@ -281,12 +357,12 @@ def _legend(figure: Figure, axes: Sequence[Sequence[Axes]]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
-def _annotate_n(ax: Axes, curve: Sequence[Row]) -> None:
+def _annotate_n(ax: Axes, curve: Sequence[Row], x: str = "kl_nats") -> None:
     """n under the points of best-of-n, the largest first, where it does not run into the number beside it."""
     place: Callable[[Any], Any] = ax.transData.transform
     taken: float = math.inf
     for row in reversed([row for row in curve if row["method"] == "best_of_n" and row.get("num_particles")]):
-        at = (float(row["kl_nats"]), float(row["reward_gold"]))
+        at = (float(row[x]), float(row["reward_gold"]))
         across = float(place(at)[0]) * 72 / ax.figure.dpi
         if taken - across < 16:
             continue

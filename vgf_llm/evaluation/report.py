@@ -3,10 +3,11 @@
 A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_random, vgf_flip, vgf_shuffle, student_best_of_n,
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
-`seconds`, `seeds`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`,
-`kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `..._low` and `..._high`, of a paired difference at equal
-generations, and `gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a table shows "-" there, and
-leaves out a column that no row fills.
+`seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
+opponent `rate`, `low`, `high` and `ties`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`,
+`reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `..._low` and `..._high`, of a
+paired difference at equal generations, and `gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a
+table shows "-" there, and leaves out a column that no row fills.
 """
 
 from __future__ import annotations
@@ -73,6 +74,29 @@ def _over(row: Row) -> str | None:
     return None if value is None else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def _gain(row: Row) -> str | None:
+    value, low, high = (row.get(key) for key in ("gain", "gain_low", "gain_high"))
+    if value is None or low is None or high is None:
+        return None
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _win(judge: str, against: str) -> Callable[[Row], str | None]:
+    def cell(row: Row) -> str | None:
+        found = row.get("wins", {}).get(judge, {}).get(against, {})
+        if found.get("rate") is None:
+            return None
+        return f"{100 * found['rate']:.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+
+    return cell
+
+
+def _win_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str | None]]]:
+    """One per judge and opponent, in percent with its interval."""
+    pairs = dict.fromkeys((judge, against) for row in rows for judge, found in row.get("wins", {}).items() for against in found)
+    return [(f"{judge}: win % vs {against}", _win(judge, against)) for judge, against in pairs]
+
+
 def _seconds(row: Row) -> str | None:
     value = row.get("seconds")
     return None if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
@@ -95,12 +119,17 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("ver", _verified),
     ("proxy", _number("reward_proxy", 2)),
     ("gold [95 %]", _gold),
+    ("gain over L=0", _gain),
+    ("gold LC", _number("reward_gold_lc", 2)),
     ("over BoN [95 %]", _over),
     ("KL nats", _number("kl_nats", 2)),
     ("KL ≥", _number("kl_lower", 2)),
     ("NLL base", _number("nll_base", 1)),
     ("NLL judge", _number("nll_judge", 1)),
+    ("dist. 1", _number("distinct_1", 2)),
     ("dist. 2", _number("distinct_2", 2)),
+    ("self-BLEU", _number("self_bleu", 1)),
+    ("length", _number("length", 0)),
     ("s", _seconds),
 ]
 
@@ -122,7 +151,7 @@ def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the columns that at least one row fills."""
-    filled = [(header, [cell(row) for row in rows]) for header, cell in _COLUMNS]
+    filled = [(header, [cell(row) for row in rows]) for header, cell in [*_COLUMNS, *_win_columns(rows)]]
     filled = [(header, column) for header, column in filled if any(value is not None for value in column)]
     body = [["-" if column[r] is None else str(column[r]) for _, column in filled] for r in range(len(rows))]
     return [header for header, _ in filled], body
