@@ -265,7 +265,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(monkeypatch, arguments, tmp_pat
 
     monkeypatch.setattr(cli, "sample", interrupted)
     assert cli.main(arguments("--output", tmp_path / "out.jsonl")) == 130
-    assert capsys.readouterr().err == "vgf: interrupted\n"
+    assert capsys.readouterr().err.endswith("\nvgf: interrupted\n")  # behind the bars of loading
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
@@ -283,4 +283,4 @@ def test_a_closed_pipe_is_no_error(monkeypatch, arguments, capfd):
     monkeypatch.setattr(cli, "sample", closed)
     monkeypatch.setattr(os, "dup2", lambda *fds: None)
     assert cli.main(arguments()) == 141
-    assert capfd.readouterr().err == ""
+    assert "vgf:" not in capfd.readouterr().err
