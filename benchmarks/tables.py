@@ -3,8 +3,9 @@
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    exit with 1 where one is out of date (a test does the same)
 
-A table stands between `<!-- results: FILE TASK METHOD... -->` and `<!-- /results -->`, FILE being the name of a report in
-benchmarks/results. Of all its rows it shows those of the task and of the methods named, in the order of the report.
+A table stands between `<!-- results: FILE TASK ROWS... -->` and `<!-- /results -->`, FILE being the name of a report in
+benchmarks/results. ROWS are methods, shown in the order of the report: `vgf` stands for its verified rows with all reward models,
+`vgf:unverified` and `vgf:one` for those without verification and with one reward model; sizes may be picked, `best_of_n:8,16`.
 """
 
 from __future__ import annotations
@@ -48,19 +49,30 @@ def name(row: Mapping[str, Any], several: int) -> str:
     return said if row.get("members", several) == several else f"{said}, {row['members']} reward model"
 
 
+def matches(row: Mapping[str, Any], wanted: str, several: int) -> bool:
+    """Whether `wanted`, as in a page, means this row."""
+    method, _, options = wanted.partition(":")
+    picked = set(filter(None, options.split(",")))
+    sizes = {option for option in picked if option.isdigit()}
+    return (
+        row["method"] == method
+        and (not sizes or str(row["num_particles"]) in sizes)
+        and (row.get("verified") is False) == ("unverified" in picked)
+        and (row.get("members", several) < several) == ("one" in picked)
+    )
+
+
 def table(report: Mapping[str, Any], task: str, methods: list[str]) -> str:
-    """Markdown. `best_of_n` may carry the sizes shown, `best_of_n:8,16`.
+    """Markdown.
 
     Raises:
-        ValueError: the report has no such row.
+        ValueError: the report has no row of one of the methods.
     """
-    sizes = {m.split(":")[0]: set(map(int, m.split(":")[1].split(","))) for m in methods if ":" in m}
-    shown = {m.split(":")[0] for m in methods}
-    rows = [r for r in report["rows"] if r["task"] == task and r["method"] in shown]
-    rows = [r for r in rows if r["method"] not in sizes or r["num_particles"] in sizes[r["method"]]]
-    if missing := shown - {r["method"] for r in rows}:
-        raise ValueError(f"no row of {', '.join(sorted(missing))} for {task}")
-    several = max(r.get("members", 1) for r in rows)
+    of_task = [r for r in report["rows"] if r["task"] == task]
+    several = max((r.get("members", 1) for r in of_task), default=1)
+    if missing := [m for m in methods if not any(matches(r, m, several) for r in of_task)]:
+        raise ValueError(f"no row of {', '.join(missing)} for {task}")
+    rows = [r for r in of_task if any(matches(r, m, several) for m in methods)]
     lines = [
         "| method | generations | gold [95 %] | above best-of-n at equal generations | proxy | KL account | NLL base |",
         "|:--|--:|--:|--:|--:|--:|--:|",

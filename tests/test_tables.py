@@ -22,12 +22,13 @@ REPORT = {
 
 
 def test_a_table_shows_the_rows_that_were_asked_for():
-    lines = tables.table(REPORT, "tone", ["best_of_n:8", "vgf"]).splitlines()
+    lines = tables.table(REPORT, "tone", ["best_of_n:8", "vgf:unverified,one"]).splitlines()
     assert len(lines) == 4
     assert lines[2] == "| best-of-8 | 8.0 | 0.80 [0.00, 1.00] | - | 1.00 | 2.00 | 30.0 |"
     assert lines[3].startswith("| VGF, 1 nat, unverified, 1 reward model | 8.0 |") and "+0.20 [-0.10, +0.30]" in lines[3]
-    with pytest.raises(ValueError, match="no row of student_vgf for tone"):
-        tables.table(REPORT, "tone", ["student_vgf"])
+    for absent in ("student_vgf", "vgf", "vgf:one", "best_of_n:16"):
+        with pytest.raises(ValueError, match=f"no row of {absent} for tone"):
+            tables.table(REPORT, "tone", ["best_of_n", absent])
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
