@@ -7,9 +7,8 @@
 The paper has Pythia-2.8B on TL;DR and Anthropic-HH judged by GPT-4. Here it is the content task of the embedded data, whose gold
 reward is exact. Reference: what the data set's own writer says to the prompt. Chosen: the better of two base samples by gold,
 as a preference set holds them. All students start from the same base model and are trained on the same prompts for the same
-number
-of optimizer steps; only the proxy ensemble is optimised. Settings of VGF are the demonstration's, learning rates those of
-`benchmarks.trainer_vs_trl`; neither is tuned here.
+number of optimizer steps; only the proxy ensemble is optimised. Settings of VGF are the demonstration's, learning rates those
+of `benchmarks.trainer_vs_trl`; neither is tuned here.
 
 Writes benchmarks/results/paper_table.json and .md; the page is in `--work`.
 """

@@ -44,7 +44,7 @@ TRAINING = [
 ]  # fmt: skip
 # Steps of pretraining, supervised training, each reward model and the policy; prompts and seeds of the evaluation.
 SCALES: dict[str, dict[str, Any]] = {
-    "full": {"pretrain": 250, "sft": 50, "reward": 70, "policy": 8, "prompts": 48, "seeds": [0, 1, 2], "pool": 16},
+    "full": {"pretrain": 250, "sft": 50, "reward": 70, "policy": 8, "prompts": 24, "seeds": [0, 1, 2], "pool": 16},
     "quick": {"pretrain": 2, "sft": 2, "reward": 2, "policy": 1, "prompts": 4, "seeds": [0], "pool": 4},
 }
 

@@ -76,8 +76,8 @@ def test_bandit_an_inverted_u_in_the_budget():
 def swing_up(tmp_path_factory):
     """Two seeds of VGF on logged swings and then online: `scores[L_test][updates]`, means of 20 episodes for each seed."""
     config = TrainConfig(
-        env="pendulum", agent=PENDULUM, reward_scale=0.1, seeds=(0, 1), updates=OFFLINE, online_steps=400, online_start=200,
-        online_share=0.5, log_every=200, eval_every=200, eval_episodes=20, eval_steps=(0, 3), save_every=0, device="cpu",
+        env="pendulum", agent=PENDULUM, reward_scale=0.1, seeds=(0, 1), updates=OFFLINE, online_steps=200, online_start=200,
+        online_share=0.5, log_every=200, eval_every=0, eval_episodes=20, eval_steps=(0, 3), save_every=0, device="cpu",
     )  # fmt: skip
     run = tmp_path_factory.mktemp("swing_up") / "run"
     train(config, run)
@@ -94,15 +94,15 @@ def test_pendulum_from_logged_data(swing_up):
 
 
 def test_pendulum_goes_on_online_without_a_drop(swing_up):
+    """Two hundred updates after the switch; where it ends after thousands is for benchmarks.control_tasks."""
     for curve in swing_up.values():
-        before, soon, last = (curve[OFFLINE + steps].mean() for steps in (0, 200, 400))
-        assert soon > before - 20, swing_up
-        assert last > before, swing_up
+        assert list(curve) == [OFFLINE, OFFLINE + 200], swing_up
+        assert curve[OFFLINE + 200].mean() > curve[OFFLINE].mean() - 20, swing_up
 
 
 def test_pendulum_baselines(swing_up):
     """What stays within the behaviour falls behind, on the same networks and data."""
-    config = dataclasses.replace(PENDULUM, algorithm="bc", num_particles=1, train=STILL, test=STILL)
+    config = dataclasses.replace(PENDULUM, algorithm="bc", num_particles=1, train=STILL, explore=STILL, test=STILL)
     agent = AGENTS["bc"](3, 1, config, seeds=(0, 1))
     buffer = ReplayBuffer(collect(0).n_step(1, 0.97), seeds=2)
     for _ in range(500):

@@ -1,7 +1,9 @@
 """`vgf evaluate` on tiny models: what is shared, what is compared, what is written, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -222,6 +224,28 @@ def test_batches_change_nothing(config, tmp_path):
     for a, b in zip(*(report["rows"] for report in reports), strict=True):
         for name in ("reward_gold", "reward_proxy", "nll_base", "nll_judge", "length"):
             assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
+def test_processes_share_out_the_prompts_and_change_nothing(config, tmp_path):
+    """Two real processes, three seeds of four prompts: the rows of one process."""
+    one = evaluate(config(flow_kl_budgets=[2.0], seeds=[0, 1, 2]), say=quiet)
+    options = {**one["config"], "output_dir": str(tmp_path / "two")}
+    words = []
+    for name in ("model_name_or_path", "judge_lm_name_or_path", "dataset_name", "output_dir", "pool_size", "num_particles",
+                 "max_completion_length", "flow_steps"):  # fmt: skip
+        words += [f"--{name}", str(options[name])]
+    for name in ("reward_model_name_or_path", "gold_reward_model_name_or_path", "flow_kl_budgets", "seeds"):
+        words += [f"--{name}", *map(str, options[name])]
+    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "recipes/evaluate.py", *words]
+    root = module.Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two" / "report.json").read_text(encoding="utf-8"))
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        for name in ("reward_gold", "reward_gold_low", "reward_proxy", "nll_base", "nll_judge", "length", "gain_high"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5)
 
 
 def test_a_judge_that_is_down_loses_nothing(config):

@@ -214,7 +214,11 @@ def _row_name(row: Row) -> str:
         return f"best-of-{row['num_particles']:g}"
     if row.get("kl_budget") == 0:
         return f"VGF, L = 0 (N={row['num_particles']:g})"
-    return f"{name}, {row['kl_budget']:g} nats" if row.get("kl_budget") is not None else str(name)
+    return (
+        f"{name}, {row['kl_budget']:g} nat{'s' if row['kl_budget'] != 1 else ''}"
+        if row.get("kl_budget") is not None
+        else str(name)
+    )
 
 
 def _tasks(rows: Sequence[Row], needed: Sequence[str]) -> dict[str, list[Row]]:
