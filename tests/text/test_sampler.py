@@ -34,6 +34,7 @@ def build(family="llama", reward="llama", processing_class=TOKENIZER, **argument
 
 SAMPLERS = {family: build(family, reward) for family, reward in zip(tiny.FAMILIES, tiny.FAMILIES[::-1], strict=True)}
 ENSEMBLE = build(reward=DifferentiableReward([tiny.reward_model("llama", VOCAB, seed=s) for s in range(3)], TOKENIZER))
+REWARD_ALONE = build(likelihood_weight=0.0)
 COUNT = build(reward="count")
 BUDGET = TransportBudget(steps=3, step_size=0.3, kl_budget=1.0, rounds=2)
 
@@ -97,15 +98,20 @@ def test_budget_zero_is_best_of_n_bit_for_bit(sampler, zero):
 @settings(max_examples=25)
 def test_initial_particles_do_not_depend_on_the_budget_and_nothing_gets_worse(case):
     rng = random.Random(case)
-    sampler = rng.choice([*SAMPLERS.values(), ENSEMBLE])
+    sampler = rng.choice([*SAMPLERS.values(), ENSEMBLE, REWARD_ALONE, REWARD_ALONE])
     prompts, n, seed = rng.sample(PROMPTS, 3), rng.randint(1, 5), rng.randrange(1000)
     zero = sampler.sample(prompts, n, TransportBudget(steps=0), LENGTH, seed)
     output = sampler.sample(prompts, n, random_budget(rng), LENGTH, seed)
     assert output.initial.completion_ids == zero.initial.completion_ids
     assert torch.equal(output.initial.rewards, zero.initial.rewards)
-    assert (output.transported.rewards >= output.initial.rewards).all()
     assert (output.rewards >= zero.rewards).all()
-    assert torch.equal(output.rewards, output.transported.rewards.amax(1))
+    # The density that a particle climbs never falls; with the reward alone that is the reward.
+    weight = sampler.likelihood_weight * output.initial.rewards.std(1, correction=0, keepdim=True)
+    before, after = (p.rewards + weight * p.logprobs for p in (output.initial, output.transported))
+    assert (after >= before - 1e-4).all()
+    if not sampler.likelihood_weight:
+        assert (output.transported.rewards >= output.initial.rewards).all()
+        assert torch.equal(output.rewards, output.transported.rewards.amax(1))
 
 
 def test_initial_particles_are_a_prefix_of_more_particles_and_a_longer_limit_only_appends():
@@ -366,6 +372,33 @@ def test_movers_of_a_prompt_do_not_depend_on_the_rest_of_the_call(movers):
         torch.testing.assert_close(numbers_of(alone, 0), numbers_of(together, b), atol=2e-3, rtol=2e-3)
 
 
+# What a move costs in likelihood
+
+
+def test_a_dear_move_is_refused_and_a_cheap_one_taken():
+    plain, dear = (build(reward="llama", likelihood_weight=w).sample(PROMPTS, 6, BUDGET, LENGTH, 0) for w in (0.0, 1e6))
+    rises = plain.transported.logprobs - plain.initial.logprobs
+    moved = torch.tensor(changes(plain.initial.completion_ids, plain.transported.completion_ids))
+    assert (rises[moved] < 0).any()
+    assert (dear.transported.logprobs >= dear.initial.logprobs - 1e-4).all()
+    assert any(flat(changes(dear.initial.completion_ids, dear.transported.completion_ids)))
+
+
+def test_the_scale_of_the_reward_changes_nothing():
+    model = tiny.reward_model("llama", VOCAB)
+    one, hundred = (
+        build(reward=DifferentiableReward([model], TOKENIZER, calibration=[(0.0, s)]), likelihood_weight=0.5) for s in (1.0, 0.01)
+    )
+    outputs = [sampler.sample(PROMPTS, 6, BUDGET, LENGTH, 0) for sampler in (one, hundred)]
+    assert outputs[0].transported.completion_ids == outputs[1].transported.completion_ids
+
+
+def test_a_single_particle_is_judged_by_its_reward_alone():
+    outputs = [build(reward="llama", likelihood_weight=w).sample(PROMPTS, 1, BUDGET, LENGTH, 0) for w in (0.0, 10.0)]
+    assert outputs[0].completion_ids == outputs[1].completion_ids
+    assert (outputs[0].transported.rewards >= outputs[0].initial.rewards).all()
+
+
 # Shapes and bookkeeping
 
 
@@ -552,8 +585,12 @@ def test_the_tokenizer_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"candidates": 0}, {"flow_batch_size": 0}, {"movers": 0}, {"horizon": -1}, {"temperature": 0.0}, {"top_p": 2.0}]
-)
+    "arguments",
+    [
+        {"candidates": 0}, {"flow_batch_size": 0}, {"movers": 0}, {"horizon": -1}, {"temperature": 0.0}, {"top_p": 2.0},
+        {"likelihood_weight": -0.1}, {"likelihood_weight": float("nan")},
+    ],
+)  # fmt: skip
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must be|must lie"):
         build(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
 from vgf_llm.text.sampler import Direction
 
 from .controls import flip, random_direction, shuffle_positions
-from .metrics import bootstrap_ci, distinct_n, judge_nll, reward_quantile_kl, selection_kl
+from .metrics import bootstrap_ci, distinct_n, judge_nll, paired_bootstrap_ci, reward_quantile_kl, selection_kl
 
 
 Gold = Callable[[str, str], float]
@@ -223,6 +224,22 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) ->
     return rows
 
 
+def over_best_of_n(measured: Measured, pool: Pool) -> Row:
+    """Gold above best-of-n at equal generations, on the same prompts: mean and 95 % interval of the paired difference.
+
+    n is the mean number of generations, rounded up in favour of best-of-n, and at most the pool.
+    """
+    n = min(math.ceil(np.mean(measured.generations)), pool.proxy.shape[1])
+    baseline = best_of_n_curve(pool.proxy, pool.gold, [n])[:, 0].numpy()
+    low, high = paired_bootstrap_ci(measured.gold, baseline)
+    return {
+        "best_of_n_equal": n,
+        "gold_over_best_of_n": float(np.mean(measured.gold) - baseline.mean()),
+        "gold_over_best_of_n_low": low,
+        "gold_over_best_of_n_high": high,
+    }
+
+
 NS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -314,6 +331,7 @@ def measure_task(
                     members=size,
                     seeds=len(seeds),
                     kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),
+                    **over_best_of_n(measured, pool),
                 )
             )
     return rows

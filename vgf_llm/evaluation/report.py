@@ -5,8 +5,8 @@ student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_pr
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
 opponent `rate`, `low`, `high` and `ties`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`,
-`reward_gold_population`, `kl_lower` in nats. A value may be absent or None; a table shows "-" there, and leaves out a
-column that no row fills.
+`reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `gold_over_best_of_n_low` and
+`_high`. A value may be absent or None; a table shows "-" there, and leaves out a column that no row fills.
 """
 
 from __future__ import annotations
@@ -91,6 +91,11 @@ def _win_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str | N
     return [(f"{judge}: win % vs {against}", _win(judge, against)) for judge, against in pairs]
 
 
+def _over(row: Row) -> str | None:
+    value, low, high = (row.get(f"gold_over_best_of_n{end}") for end in ("", "_low", "_high"))
+    return None if value is None else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _seconds(row: Row) -> str | None:
     value = row.get("seconds")
     return None if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
@@ -115,6 +120,7 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("gold [95 %]", _gold),
     ("gain over L=0", _gain),
     ("gold LC", _number("reward_gold_lc", 2)),
+    ("over BoN [95 %]", _over),
     ("gold pop.", _number("reward_gold_population", 2)),
     ("KL nats", _number("kl_nats", 2)),
     ("KL ≥", _number("kl_lower", 2)),
@@ -125,7 +131,6 @@ _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("self-BLEU", _number("self_bleu", 1)),
     ("length", _number("length", 0)),
     ("s", _seconds),
-    ("seeds", _whole("seeds")),
 ]
 
 

@@ -80,8 +80,8 @@ class VGFSampler:
 
     Per prompt: draw N particles; `budget.rounds` times: L flow steps on their embeddings, one decode under the resulting tilt
     with the noise that made them (`decode.redecode`), rewards of the emitted tokens, and a particle moves only if its reward
-    rises. Then the best of transported and initial particles is selected: never worse than best-of-N under the reward, and
-    best-of-N itself at budget zero.
+    rises, at a fair price in likelihood. Then the best of transported and initial particles is selected: never worse than
+    best-of-N under the reward, and best-of-N itself at budget zero.
 
     A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
 
@@ -101,6 +101,10 @@ class VGFSampler:
         movers: how many particles of a prompt, best first, every round moves. Default None: all N. One particle of a prompt
             is selected in the end, so with several rounds the decodes of poor ones are the likeliest to be spent in vain: fewer
             movers save them, and look for improvement among the best alone.
+        likelihood_weight: w >= 0. A particle moves if `R + w sigma log mu` rises, the log density of mu exp(R / alpha) times
+            alpha = w sigma. sigma, the standard deviation of the prompt's initial rewards, makes w independent of their scale.
+            0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.03: on the
+            embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
 
     Raises:
@@ -121,6 +125,7 @@ class VGFSampler:
         candidates: int = 64,
         horizon: int | None = 0,
         movers: int | None = None,
+        likelihood_weight: float = 0.03,
         flow_batch_size: int = 32,
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -131,9 +136,10 @@ class VGFSampler:
         if processing_class.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token: set one, e.g. `tokenizer.pad_token = tokenizer.eos_token`")
         for name, value, lowest in (
-            ("candidates", candidates, 1), ("flow_batch_size", flow_batch_size, 1), ("movers", movers, 1), ("horizon", horizon, 0)
+            ("candidates", candidates, 1), ("flow_batch_size", flow_batch_size, 1), ("movers", movers, 1), ("horizon", horizon, 0),
+            ("likelihood_weight", likelihood_weight, 0),
         ):  # fmt: skip
-            if value is not None and value < lowest:
+            if value is not None and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
         self.model = model.eval()
         self.processing_class = processing_class
@@ -151,6 +157,7 @@ class VGFSampler:
         self.candidates = candidates
         self.horizon = horizon
         self.movers = movers
+        self.likelihood_weight = likelihood_weight
         self.flow_batch_size = flow_batch_size
         self.eos_ids = _eos_ids(model, processing_class)
 
@@ -175,8 +182,8 @@ class VGFSampler:
             budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend.
             max_completion_length: T, in tokens.
             seed: of the noise, one for all prompts or one per prompt: equal prompts with equal seeds get equal particles.
-            verify: a particle moves only if its reward rises, and the initial particles stay in the selection. False gives
-                the raw population the flow made, for controls and diagnostics.
+            verify: a particle moves only if its reward rises (see `likelihood_weight`), and the initial particles stay in the
+                selection. False gives the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
             scorer: the reward that verifies and selects, where it is another than the one whose gradient the flow follows.
             progress: show a progress bar over chunks of prompts.
@@ -235,6 +242,8 @@ class VGFSampler:
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rewards = self._score(index_of, ids, mask, initial, scorer).view(shape)
         state, state_rewards = initial, rewards
+        # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
+        weight = self.likelihood_weight * rewards.std(1, correction=0)
         traces: list[Trace] = []
         new_tokens = initial.new_tokens.clone()
         movers = n if self.movers is None else min(self.movers, n)
@@ -250,7 +259,9 @@ class VGFSampler:
             new_tokens[rows] += moved.new_tokens
             moved_rewards = self._score(index_of[rows], ids[rows], mask[rows], moved, scorer)
             changed = (moved.ids != old.ids).any(1)
-            take = changed & (moved_rewards > old_rewards) if verify else changed
+            gain = moved_rewards - old_rewards
+            price = weight[rows // n] * (old.logprobs - moved.logprobs)
+            take = changed & (gain > price) if verify else changed
             merged = _merge(old, moved, take)
             state = Decoded(*(_put(getattr(state, f.name), rows, getattr(merged, f.name)) for f in fields(Decoded)))
             state_rewards = _put(state_rewards.flatten(), rows, torch.where(take, moved_rewards, old_rewards)).view(shape)
