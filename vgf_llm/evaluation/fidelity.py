@@ -33,7 +33,7 @@ class Substitutions:
         fixed: [S] change of the reward, the rest of the text kept.
         regenerated: [S] change of the mean reward where the base model writes the rest anew after the one token and after the
             other, with the same noise; empty without regenerations.
-        members_fixed, members_regenerated: [K, S] the same of each of K > 1 reward models in its calibrated units; [0, S] for one.
+        members_fixed, members_regenerated: [K, S] the same of each of K > 1 reward models in its calibrated units; of one [0, S].
         gold_fixed, gold_regenerated: [S] the same of the gold reward; empty without it.
         end_share: [P] share of the last position, end of sequence or not, in the sum of the gradient's norms at the tokens.
         even_share: [P] one over the length: what `end_share` would be, were all positions alike.
@@ -238,9 +238,9 @@ class _Texts:
     def _regenerated(
         self, row: Tensor, number: Tensor, place: Tensor, other: Tensor, token: Tensor, length: int, count: int, gold: Gold | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean reward [S], that of every member [K, S], and gold reward [S], of `count` texts that keep what stands before `place` and go on after `token`.
+        """Mean reward [S], that of every member [K, S] and gold reward [S] of `count` texts that go on after `token` at `place`.
 
-        A decode from a text that ends in another token, under a tilt that has `token` said: what follows is then noise of
+        What stands before it is kept. A decode from a text that ends in another token, under a tilt that has `token` said: what follows is then noise of
         positions beyond that text, fresh and the same for every token.
         """
         sampler, pad = self.sampler, self.sampler.processing_class.pad_token_id
