@@ -1,4 +1,4 @@
-"""Is the gradient of this reward model worth following? Fidelity, gain per nat, and a recommendation; minutes, nothing is trained.
+"""Is the gradient of this reward model worth following? Fidelity, gain per nat and a recommendation; nothing is trained.
 
     python recipes/diagnose.py --config recipes/configs/tldr/pythia-1b_diagnose.yaml
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,8 +144,8 @@ def test_the_command_writes_figures_and_a_picture(saved, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]), encoding="utf-8")
     words = [
         "diagnose", "--model_name_or_path", saved["lm"], "--reward_model_name_or_path", saved["reward"], "--dataset_name",
-        tmp_path / "p.jsonl", "--output_dir", tmp_path / "out", "--max_completion_length", 8, "--samples", 4, "--num_particles", 2,
-        "--substitutions", 4, "--regenerations", 1, "--flow_kl_budgets", 1, 2, "--max_prompts", 4,
+        tmp_path / "p.jsonl", "--output_dir", tmp_path / "out", "--max_completion_length", 8, "--samples", 4,
+        "--num_particles", 2, "--substitutions", 4, "--regenerations", 1, "--flow_kl_budgets", 1, 2, "--max_prompts", 4,
     ]  # fmt: skip
     assert cli.main(list(map(str, words))) == 0
     said = capsys.readouterr().out
@@ -167,3 +170,17 @@ def test_a_reward_that_never_changes_is_named():
 
     with pytest.raises(ValueError, match="same for all samples"):
         diagnose(make(nothing), PROMPTS[:2], **SMALL)
+
+
+def test_the_example_of_the_page_runs(saved, tmp_path, monkeypatch):
+    for name in ("my-reward-model-0", "my-reward-model-1"):
+        shutil.copytree(saved["reward"], tmp_path / name)
+    shutil.copytree(saved["lm"], tmp_path / "my-sft-model")
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "diagnose.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = {}
+    with pytest.warns(UserWarning, match="give at least 50"):
+        exec(compile(example, str(page), "exec"), found)  # noqa: S102
+    assert len(found["output"].completions) == len(PROMPTS)

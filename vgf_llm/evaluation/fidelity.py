@@ -240,8 +240,8 @@ class _Texts:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean reward [S], that of every member [K, S] and gold reward [S] of `count` texts that go on after `token` at `place`.
 
-        What stands before it is kept. A decode from a text that ends in another token, under a tilt that has `token` said: what follows is then noise of
-        positions beyond that text, fresh and the same for every token.
+        What stands before it is kept. A decode from a text that ends in another token, under a tilt that has `token` said: what
+        follows is then noise of positions beyond that text, fresh and the same for every token.
         """
         sampler, pad = self.sampler, self.sampler.processing_class.pad_token_id
         width = int(place.max()) + 1
