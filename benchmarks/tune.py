@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune --models outputs/demo/models
 
-Embedded tasks and, with `--e2e-models` and `--e2e-data`, E2E. Three sets of 50 prompts, each with noise of its own. The budget is
+Tasks and models are those of benchmarks/diagnose.py. Three sets of 50 prompts, each with noise of its own. The budget is
 chosen on one set and judged on the other two, beside the budget that would have been best there. What was measured is kept in
 `--work`, so that a killed run goes on.
 
@@ -14,17 +14,13 @@ from __future__ import annotations
 import argparse
 import pickle
 import platform
-import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vgf_llm.data import reviews
-from vgf_llm.data.e2e import e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr
-from vgf_llm.evaluation.loading import load_sampler
+from benchmarks.diagnose import add_arguments, known_tasks
 from vgf_llm.evaluation.metrics import paired_bootstrap_ci
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.tune import Candidates, choose_budget, measure_budgets
@@ -34,14 +30,6 @@ from vgf_llm.flow import TransportBudget
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SEEDS = 50, (0, 1, 2)
 BUDGET = TransportBudget(steps=3, step_size=0.5, kl_budget=2.0, rounds=7)
-
-
-def e2e_prompts(data: Path, held_out: int, seed: int) -> list[str]:
-    """Meaning representations that no model was trained on, their slots in random orders: another order is another task."""
-    _, examples = split_by_mr(load_e2e(data), seed=0, held_out=held_out)
-    slots = sorted({e.slots for e in examples})
-    rng = random.Random(f"order {seed}")
-    return [format_prompt(rng.sample(slots[k % len(slots)], len(slots[k % len(slots)]))) for k in range(PROMPTS)]
 
 
 def judged(folds: list[Candidates], chosen_on: int) -> dict:
@@ -76,36 +64,21 @@ def judged(folds: list[Candidates], chosen_on: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, help="models of the demonstration")
-    parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py")
-    parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
-    parser.add_argument("--e2e-held-out", type=int, default=30, help="meaning representations its models were not trained on")
+    add_arguments(parser)
     parser.add_argument("--work", default=ROOT / "outputs" / "tune", type=Path, help="where measurements are kept")
     args = parser.parse_args()
-    tasks: dict[str, tuple[Path, str, Callable[[str, str], float], Callable[[int], list[str]], int]] = {}
-    if args.models:
-        for name in ("tone", "content"):
-            tasks[name] = (
-                args.models, f"reward-{name}-{{}}", reviews.GOLD[name],
-                lambda seed, name=name: reviews.generate_prompts(PROMPTS, 500 + seed, name), 64,
-            )  # fmt: skip
-    if args.e2e_models:
-        tasks["e2e"] = (
-            args.e2e_models, "reward-{}-*", lambda prompt, text: e2e_gold(parse_mr(prompt), text),
-            lambda seed: e2e_prompts(args.e2e_data, args.e2e_held_out, seed), 72,
-        )  # fmt: skip
     started, results = time.perf_counter(), {}
-    for name, (models, pattern, gold, prompts, length) in tasks.items():
-        base = max(models.glob("base*"), key=lambda path: path.stat().st_mtime)
-        rewards = [str(next(models.glob(pattern.format(k)))) for k in range(3)]
-        sampler = load_sampler(str(base), rewards, horizon=None if name == "tone" else 0, movers=2, flow_batch_size=512)
+    for task in known_tasks(args):
+        name = task.name
+        sampler = task.sampler(horizon=None if name == "tone" else 0, movers=2)
         folds = []
         for seed in SEEDS:
             kept = args.work / f"{name}-{seed}.pickle"
             if not kept.is_file():
                 begun = time.process_time()
                 found = measure_budgets(
-                    sampler, prompts(seed), gold, budget=BUDGET, max_completion_length=length, seed=seed
+                    sampler, task.prompts(PROMPTS, 500 + seed), task.gold, budget=BUDGET,
+                    max_completion_length=task.max_completion_length, seed=seed,
                 )  # fmt: skip
                 write_atomically(kept, pickle.dumps(found))
                 print(f"{name}, seed {seed}: {time.process_time() - begun:.0f} s of CPU", flush=True)

@@ -58,12 +58,12 @@ class DiagnoseConfig:
     dataset_split: str = field(default="test", metadata={"help": "Split of a directory or hub id."})
     hh_transcripts: bool = field(default=False, metadata={"help": "The data set holds raw transcripts of Anthropic's HH-RLHF."})
     output_dir: str = field(default="outputs/diagnosis", metadata={"help": "Where diagnose.json and diagnose.png go."})
-    max_prompts: int = field(default=32, metadata={"help": "The first so many prompts that fit the context."})
+    max_prompts: int = field(default=24, metadata={"help": "The first so many prompts that fit the context."})
     max_completion_length: int = field(default=64, metadata={"help": "T, in tokens."})
     samples: int = field(default=16, metadata={"help": "Base samples per prompt, for the spread of the reward and best-of-n."})
     num_particles: int = field(default=4, metadata={"help": "Of them moved by one decode, for the gain per nat."})
-    substitutions: int = field(default=12, metadata={"help": "Tokens replaced in one sample per prompt."})
-    regenerations: int = field(default=4, metadata={"help": "Times the rest of a text is written anew after each."})
+    substitutions: int = field(default=10, metadata={"help": "Tokens replaced in one sample per prompt."})
+    regenerations: int = field(default=2, metadata={"help": "Times the rest of a text is written anew after each."})
     flow_steps: int = field(default=3, metadata={"help": "Flow steps L of a decode."})
     flow_step_size: float = field(default=0.5, metadata={"help": "Length of a step, in distances between two token embeddings."})
     flow_kl_budgets: list[float] = field(
@@ -123,8 +123,8 @@ def diagnose(
     max_completion_length: int = 64,
     samples: int = 16,
     num_particles: int = 4,
-    substitutions: int = 12,
-    regenerations: int = 4,
+    substitutions: int = 10,
+    regenerations: int = 2,
     steps: int = 3,
     step_size: float = 0.5,
     kl_budgets: Sequence[float] = (0.5, 1.0, 2.0, 4.0),

@@ -156,9 +156,8 @@ class _Texts:
         new = self.ids[row].clone()
         new[torch.arange(len(row)), place] = token
         everyone = torch.arange(len(self.ids), device=row.device)
-        before = self._score(everyone, self.ids)
-        members_fixed = self._members(self.prompt_ids[row], self.prompt_mask[row], new, self.mask[row])
-        members_fixed -= self._members(self.prompt_ids, self.prompt_mask, self.ids, self.mask)[:, row.cpu()]
+        before, members_before = self._scores(self.prompt_ids, self.prompt_mask, self.ids, self.mask)
+        after, members_after = self._scores(self.prompt_ids[row], self.prompt_mask[row], new, self.mask[row])
         regenerated, gold_regenerated, members_regenerated = torch.empty(0), torch.empty(0), torch.empty(0, 0)
         gold_fixed = torch.empty(0)
         if gold is not None:
@@ -179,15 +178,15 @@ class _Texts:
             third=(place * 3 // self.moves.sum(1)[row]).cpu(),
             entropy=-(log_mu.exp() * log_mu.nan_to_num(neginf=0.0)).sum(-1).cpu(),
             predicted={at: (g[row, place] * step).sum(-1).cpu() for at, g in gradients.items()},
-            fixed=(self._score(row, new) - before[row]).cpu(),
+            fixed=after - before[row.cpu()],
             regenerated=regenerated,
-            members_fixed=members_fixed,
+            members_fixed=members_after - members_before[:, row.cpu()],
             members_regenerated=members_regenerated,
             gold_fixed=gold_fixed,
             gold_regenerated=gold_regenerated,
             end_share=(norms[everyone, last] / norms.sum(1).clamp_min(1e-30)).cpu(),
             even_share=(1 / (last + 1)).cpu(),
-            end_swap=self._end_swap(before).cpu(),
+            end_swap=self._end_swap(before),
         )
 
     def _gradients(self, tokens: Tensor, path_steps: int) -> dict[str, Tensor]:
@@ -233,7 +232,9 @@ class _Texts:
         new = self.ids[rows].clone()
         log_mu = self._without(self.log_mu[rows, place], self.ids[rows, place])
         new[torch.arange(len(rows)), place] = log_mu.argmax(-1)
-        return torch.zeros_like(rewards).index_copy(0, rows, (self._score(rows, new) - rewards[rows]).abs())
+        swapped, _ = self._scores(self.prompt_ids[rows], self.prompt_mask[rows], new, self.mask[rows])
+        rows = rows.cpu()
+        return torch.zeros_like(rewards).index_copy(0, rows, (swapped - rewards[rows]).abs())
 
     def _regenerated(
         self, row: Tensor, number: Tensor, place: Tensor, other: Tensor, token: Tensor, length: int, count: int, gold: Gold | None
@@ -261,28 +262,25 @@ class _Texts:
                 sampler.model, prompt_mask, ids, mask, tables, tilt, keys[number, row],
                 base=sampler.base, eos_ids=sampler.eos_ids, pad_id=pad, horizon=0,
             )  # fmt: skip
-            scored = (prompt_ids, prompt_mask, decoded.ids, decoded.mask)
-            rewards.append(sampler.reward.score_ids(*scored))
-            members.append(self._members(*scored))
+            score, by_member = self._scores(prompt_ids, prompt_mask, decoded.ids, decoded.mask)
+            rewards.append(score)
+            members.append(by_member)
             if gold is not None:
                 golds.append(torch.tensor(self._gold(gold, row, decoded.ids, decoded.mask)))
         return (
-            torch.stack(rewards).mean(0).cpu(),
+            torch.stack(rewards).mean(0),
             torch.stack(members).mean(0),
             torch.stack(golds).mean(0) if golds else torch.empty(0),
         )
 
-    def _score(self, row: Tensor, ids: Tensor) -> Tensor:
-        """Rewards [S] of completions [S, T] that are as long as those of `row`."""
-        return self.sampler.reward.score_ids(self.prompt_ids[row], self.prompt_mask[row], ids, self.mask[row])
-
-    def _members(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Calibrated scores [K, S] of several reward models, [0, S] of one: it is the reward."""
+    def _scores(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward [S], and the calibrated scores [K, S] of several reward models; [0, S] of one, which is the reward."""
         reward = self.sampler.reward
         if len(reward.members) == 1:
-            return torch.empty(0, len(ids))
+            return reward.score_ids(prompt_ids, prompt_mask, ids, mask).cpu(), torch.empty(0, len(ids))
+        scores = reward.member_scores_ids(prompt_ids, prompt_mask, ids, mask)
         mean, std = torch.tensor(reward.calibration, device=ids.device).T
-        return ((reward.member_scores_ids(prompt_ids, prompt_mask, ids, mask) - mean[:, None]) / std[:, None]).cpu()
+        return reward.aggregate(scores).cpu(), ((scores - mean[:, None]) / std[:, None]).cpu()
 
     def _gold(self, gold: Gold, row: Tensor, ids: Tensor, mask: Tensor) -> list[float]:
         decoder = self.sampler.processing_class
