@@ -54,7 +54,7 @@ def test_one_decode_moves_towards_the_word_and_stays_under_the_ideal(report):
     assert gains[2]["gain"] > random["gain"]
     for g in gains.values():
         assert g["ideal"] == pytest.approx(math.sqrt(2 * g["kl"]))
-        assert g["kl"] <= 1.2 * g["kl_budget"]
+        assert g["kl"] <= 1.5 * g["kl_budget"]
 
 
 def test_substitutions_change_one_token_and_agree_with_the_reward():
@@ -83,6 +83,11 @@ def test_a_prompt_is_measured_alike_in_any_company():
         for name in ("fixed", "regenerated", "entropy"):
             assert torch.allclose(getattr(together, name)[mine], getattr(alone, name), atol=1e-5)
         assert torch.allclose(together.predicted["path"][mine], alone.predicted["path"], atol=1e-5)
+
+
+def test_a_base_model_without_a_choice_is_named():
+    with pytest.raises(ValueError, match="said otherwise"):
+        measure_substitutions(make(top_k=1), PROMPTS[:2], max_completion_length=5)
 
 
 def test_members_that_are_the_same_agree():

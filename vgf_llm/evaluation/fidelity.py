@@ -12,6 +12,7 @@ from torch import Tensor
 from vgf_llm.flow import TransportBudget, fidelity
 from vgf_llm.text import VGFSampler, decode
 from vgf_llm.text.proxy import GradientAt, evaluation_points
+from vgf_llm.text.sampler import Prompt
 
 from .controls import random_direction
 
@@ -93,7 +94,7 @@ def substitution_fidelity(
 @torch.no_grad()
 def measure_substitutions(
     sampler: VGFSampler,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     gold: Gold | None = None,
     *,
     max_completion_length: int,
@@ -113,7 +114,7 @@ def measure_substitutions(
         regenerations: how many times the rest is written anew, for both tokens with the same fresh noise.
 
     Raises:
-        ValueError: those of `VGFSampler.sample`; no completion has two tokens to choose from.
+        ValueError: those of `VGFSampler.sample`; no completion has a token that could be another.
     """
     encoded = sampler.encode(prompts, max_completion_length)
     # The rewritten texts of a prompt are the largest batch.
@@ -123,7 +124,10 @@ def measure_substitutions(
         some = prompts[first : first + per_chunk]
         drawn = sampler.sample(some, 1, TransportBudget(steps=0), max_completion_length, seed=seed).initial.completion_ids
         texts = _Texts(sampler, some, encoded[first : first + per_chunk], [row[0] for row in drawn], seed)
-        parts.append(texts.measure(first, gold, max_completion_length, substitutions, regenerations, path_steps))
+        part = texts.measure(first, gold, max_completion_length, substitutions, regenerations, path_steps)
+        parts += [part] if part is not None else []
+    if not parts:
+        raise ValueError("no completion has a token that the base model could have said otherwise: see top_k and temperature")
     joined = {
         f.name: torch.cat([getattr(part, f.name) for part in parts], -1) for f in fields(Substitutions) if f.name != "predicted"
     }
@@ -135,7 +139,7 @@ class _Texts:
     """Completions of a few prompts, [B, T], and what base model and reward say about them."""
 
     def __init__(
-        self, sampler: VGFSampler, prompts: Sequence[str], encoded: list[list[int]], drawn: list[list[int]], seed: int
+        self, sampler: VGFSampler, prompts: Sequence[Prompt], encoded: list[list[int]], drawn: list[list[int]], seed: int
     ) -> None:
         self.sampler, self.prompts = sampler, prompts
         pad, device = sampler.processing_class.pad_token_id, sampler.model.device
@@ -147,11 +151,14 @@ class _Texts:
 
     def measure(
         self, first: int, gold: Gold | None, length: int, substitutions: int, regenerations: int, path_steps: int
-    ) -> Substitutions:
+    ) -> Substitutions | None:
+        """None where no token of these texts can be replaced."""
+        row, number, place, token = self._draw(substitutions)
+        if not len(row):
+            return None
         reward = self.sampler.reward
         tokens, table = reward.embed(self.ids), reward.table
         gradients = self._gradients(tokens, path_steps)
-        row, number, place, token = self._draw(substitutions)
         step = table[token] - tokens[row, place]
         new = self.ids[row].clone()
         new[torch.arange(len(row)), place] = token
@@ -285,7 +292,7 @@ class _Texts:
     def _gold(self, gold: Gold, row: Tensor, ids: Tensor, mask: Tensor) -> list[float]:
         decoder = self.sampler.processing_class
         texts = [cast(str, decoder.decode(i[m], skip_special_tokens=True)) for i, m in zip(ids, mask, strict=True)]
-        return [gold(self.prompts[r], text) for r, text in zip(row.tolist(), texts, strict=True)]
+        return [gold(cast(str, self.prompts[r]), text) for r, text in zip(row.tolist(), texts, strict=True)]
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
