@@ -41,7 +41,7 @@ from .report import write_report
 Report = dict[str, Any]
 
 # Thresholds of the recommendation, from tasks whose outcome is known (docs/diagnose.md).
-MIN_FIDELITY = 0.1
+MIN_FIDELITY = 0.0
 MIN_AGREEMENT = 0.6
 
 
