@@ -42,7 +42,7 @@ Report = dict[str, Any]
 
 # Thresholds of the recommendation, from tasks whose outcome is known (docs/diagnose.md).
 MIN_FIDELITY = 0.0
-MIN_AGREEMENT = 0.6
+MIN_AGREEMENT = 0.65
 
 
 @dataclass
