@@ -253,7 +253,7 @@ def _fidelity(s: Substitutions, at: str) -> Report:
         report["members"] = {
             "count": len(s.members_fixed),
             **{
-                suffix: correlation(*(torch.stack([scores[pair[side]] for pair in pairs]) for side in (0, 1)), s.prompt)
+                suffix: correlation(scores[[a for a, _ in pairs]], scores[[b for _, b in pairs]], s.prompt)
                 for suffix, scores in (("fixed", s.members_fixed), ("regenerated", s.members_regenerated))
             },
         }
@@ -320,8 +320,8 @@ def correlation(x: Tensor, y: Tensor, prompt: Tensor, resamples: int = 1000) -> 
     """
     if x.shape[-1] < 3:
         return {"value": None, "low": None, "high": None}
-    ranked = [rankdata(side.reshape(-1, side.shape[-1]).numpy(), axis=1) for side in (x, y)]
-    return _pearson(*ranked, prompt, resamples)
+    left, right = (rankdata(side.reshape(-1, side.shape[-1]).numpy(), axis=1) for side in (x, y))
+    return _pearson(left, right, prompt, resamples)
 
 
 def _r2(x: Tensor, y: Tensor, prompt: Tensor) -> dict[str, float | None]:

@@ -198,7 +198,8 @@ class _Texts:
 
     def _gradients(self, tokens: Tensor, path_steps: int) -> dict[str, Tensor]:
         """[B, T, D] by where they are taken."""
-        reward, result = self.sampler.reward, {}
+        reward = self.sampler.reward
+        result: dict[str, Tensor] = {}
         at: GradientAt
         for at, steps in (("token", 1), ("mixture", 1), ("path", path_steps)):
             points = (
