@@ -250,7 +250,9 @@ def test_bad_options(tmp_path, monkeypatch, job, options, says):
     (tmp_path / "unknown.yaml").write_text("nonsense: 1\n", encoding="utf-8")
     words = [word.format(unknown=tmp_path / "unknown.yaml") for word in options]
     with pytest.raises(ValueError, match=says):
-        RECIPES[job].parse([*words, "--output_dir", str(tmp_path), *([] if job in ("diagnose", "evaluate") else ["--use_cpu", "true"])])
+        RECIPES[job].parse(
+            [*words, "--output_dir", str(tmp_path), *([] if job in ("diagnose", "evaluate") else ["--use_cpu", "true"])]
+        )
 
 
 def test_a_bad_option_is_one_line(tmp_path):
