@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import evaluate, reward, sft, vgf
+from recipes import diagnose, evaluate, reward, sft, vgf
 from vgf_llm.text import DifferentiableReward
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {"sft": sft, "reward": reward, "vgf": vgf, "evaluate": evaluate}
+RECIPES = {"sft": sft, "reward": reward, "vgf": vgf, "diagnose": diagnose, "evaluate": evaluate}
 # Those of control have another form, and tests in tests/control.
 CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").rglob("*.yaml") if p.parent.name != "control")
 
@@ -78,11 +78,12 @@ def test_every_configuration_is_read_by_its_recipe(config, monkeypatch):
     job = config.stem.rsplit("_", 1)[1]
     assert (python, script) == ("python", f"recipes/{job}.py")
     assert options[:2] == ["--config", str(config.relative_to(ROOT))]
-    if job == "evaluate":
-        (args,) = evaluate.parse(options)
+    if job in ("diagnose", "evaluate"):
+        (args,) = RECIPES[job].parse(options)
         assert args.dataset_name and args.output_dir.startswith("outputs/")
         needed = [args.model_name_or_path, *args.reward_model_name_or_path]
-        needed += [name for name in args.students.values() if "lora" not in name]  # adapters are read as they are
+        if job == "evaluate":  # adapters are read as they are
+            needed += [name for name in args.students.values() if "lora" not in name]
     else:
         # use_cpu: what is written for GPUs is to be read here as well.
         script_args, training_args, model_args = RECIPES[job].parse([*options, "--use_cpu", "true"])
@@ -237,6 +238,8 @@ def test_reward_models_that_the_flow_could_not_use(saved, transcripts, tmp_path,
         ("reward", ["--model_name_or_path", "m", "--dataset_name", "d", "--use_peft", "true"], "lora_task_type SEQ_CLS"),
         ("reward", ["--config", "recipes/configs/tldr/tiny_vgf.yaml"], "num_generations"),
         ("vgf", ["--model_name_or_path", "m", "--dataset_name", "d"], "give --reward_model_name_or_path"),
+        ("diagnose", ["--model_name_or_path", "m"], "give --reward_model_name_or_path"),
+        ("diagnose", ["--config", "{unknown}"], "nonsense"),
         ("evaluate", [], "give --model_name_or_path"),
         ("evaluate", ["--config", "{unknown}"], "nonsense"),
         ("evaluate", ["--config", "recipes/configs/tldr/tiny_vgf.yaml"], "num_generations"),
@@ -247,7 +250,9 @@ def test_bad_options(tmp_path, monkeypatch, job, options, says):
     (tmp_path / "unknown.yaml").write_text("nonsense: 1\n", encoding="utf-8")
     words = [word.format(unknown=tmp_path / "unknown.yaml") for word in options]
     with pytest.raises(ValueError, match=says):
-        RECIPES[job].parse([*words, "--output_dir", str(tmp_path), *([] if job == "evaluate" else ["--use_cpu", "true"])])
+        RECIPES[job].parse(
+            [*words, "--output_dir", str(tmp_path), *([] if job in ("diagnose", "evaluate") else ["--use_cpu", "true"])]
+        )
 
 
 def test_a_bad_option_is_one_line(tmp_path):

@@ -1,7 +1,7 @@
 """The command `vgf`. Thin: every command is a function of this module, and the work is done elsewhere.
 
     vgf demo                                                 the whole method on the embedded data, on a CPU
-    vgf sft|reward|vgf|evaluate --config FILE                 the recipes, with options that win over the file
+    vgf sft|reward|vgf|diagnose|evaluate --config FILE        the recipes, with options that win over the file
     vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
     vgf control train|eval|generate                          continuous control on the same flow
     vgf serve --model DIR --reward-model DIR                  the same over HTTP, as OpenAI's API
@@ -29,6 +29,7 @@ RECIPES = {
     "sft": "supervised fine-tuning: the base model",
     "reward": "a reward model from preference pairs",
     "vgf": "fit a policy to transported completions",
+    "diagnose": "whether a reward model's gradient is worth following",
     "evaluate": "base, best-of-n, VGF and policies under a gold reward model, as one page",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,59 @@ def plot_budget(rows: Sequence[Row], path: str | Path) -> None:
             below.set(xlabel="KL budget of a decode (nats per completion, log scale)", ylabel="gold reward")
             above.tick_params(labelbottom=False)
         _legend(figure, axes)
+        _save(figure, path)
+
+
+def plot_diagnosis(report: dict[str, Any], path: str | Path) -> None:
+    """The report of `vgf diagnose` as a row of panels: fidelity, where in the text, gain per nat, the end of the text.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    names = {"fixed": ("rest kept", BLUE), "regenerated": ("rest written anew", VERMILION)}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(17, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(textwrap.fill(report["recommendation"]["sentence"], 150), fontsize=11)
+        where, position, entropy, gain, end = axes = figure.subplots(1, 5)
+        places = list(dict.fromkeys(row["at"] for row in report["fidelity"]))
+        by = {(row["suffix"], row["at"]): row for row in report["fidelity"]}
+        for ax, title, ticks, rows in (
+            (where, "gradient taken at", places, {s: [by[s, at] for at in places] for s in names}),
+            (position, "third of the text", ["first", "middle", "last"], report["by_position"]),
+            (entropy, "entropy of the base model", ["low", "middle", "high"], report["by_entropy"]),
+        ):
+            for shift, (suffix, (label, colour)) in zip((-0.12, 0.12), names.items(), strict=True):
+                seen = [(x, row) for x, row in enumerate(rows[suffix]) if row["value"] is not None]
+                value, low, high = ([row[key] for _, row in seen] for key in ("value", "low", "high"))
+                bars = [[max(0.0, v - edge) for v, edge in zip(value, low, strict=True)]]
+                bars.append([max(0.0, edge - v) for v, edge in zip(value, high, strict=True)])
+                ax.errorbar([x + shift for x, _ in seen], value, bars, fmt="o", color=colour, capsize=3, label=label)
+            ax.axhline(0, color=GREY, linewidth=1)
+            ax.set(title=title, xlim=(-0.5, len(ticks) - 0.5))
+            ax.set_xticks(range(len(ticks)), ticks)
+        shared = [limit for ax in (where, position, entropy) for limit in ax.get_ylim()]
+        for ax in (where, position, entropy):
+            ax.set_ylim(min(shared), max(shared))
+        where.set_ylabel("rank correlation of\npredicted and true change")
+        for direction, colour, marker in (("gradient", VERMILION, "o"), ("random", GREY, "x")):
+            points = [g for g in report["gain"] if g["direction"] == direction]
+            bars = [[g["gain"] - g["gain_low"] for g in points], [g["gain_high"] - g["gain"] for g in points]]
+            label = f"{direction} direction" if direction == "random" else direction
+            gain.errorbar(
+                [g["kl"] for g in points], [g["gain"] for g in points], bars, color=colour, marker=marker, capsize=3, label=label
+            )
+        most = max(g["kl"] for g in report["gain"])
+        steps = [most * k / 50 for k in range(51)]
+        gain.plot(steps, [math.sqrt(2 * x) for x in steps], color=DARK, linestyle="--", label="ideal, √(2 KL)")
+        gain.axhline(0, color=GREY, linewidth=1)
+        gain.set(title="one decode", xlabel="KL spent (nats)", ylabel="gain of the reward (its std)")
+        measured = report["end"]
+        end.bar([-0.2, 0.8], [measured["gradient_share"], measured["swap"]], 0.4, color=VERMILION, label="at the end")
+        end.bar([0.2, 1.2], [measured["even_share"], measured["swap_elsewhere"]], 0.4, color=SKY, label="evenly, elsewhere")
+        end.set(title="end of the text")
+        end.set_xticks([0, 1], ["share of\ngradient norm", "another word,\nstd of reward"])
+        _legend(figure, [axes])
         _save(figure, path)
 
 
