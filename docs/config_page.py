@@ -19,6 +19,7 @@ from recipes.sft import SFTScriptArguments
 from recipes.vgf import VGFScriptArguments
 from vgf_llm import TransportBudget, VGFConfig
 from vgf_llm.control import AgentConfig, TrainConfig
+from vgf_llm.evaluation.diagnose import DiagnoseConfig
 from vgf_llm.evaluation.evaluation_config import EvaluationConfig
 
 
@@ -37,6 +38,7 @@ SECTIONS: list[tuple[type, str, type | None]] = [
     (SFTScriptArguments, "`vgf sft`. All fields of TRL's `SFTConfig` and of these two besides.", ScriptArguments),
     (RewardScriptArguments, "`vgf reward`. All fields of TRL's `RewardConfig` and of these two besides.", ScriptArguments),
     (EvaluationConfig, "`vgf evaluate`.", None),
+    (DiagnoseConfig, "`vgf diagnose`.", None),
     (TransportBudget, "`VGFSampler.sample`, `transport`, and `train`, `explore` and `test` of `AgentConfig`.", None),
     (TrainConfig, "`vgf control train`.", None),
     (AgentConfig, "`agent` of `TrainConfig`.", None),

@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[DiagnoseConfig]:
         ValueError: an unknown key or value, or a combination that does not work.
     """
     (config,) = TrlParser((DiagnoseConfig,)).parse_args_and_config(argv)
+    config.check_complete()
     return (config,)
 
 

@@ -245,7 +245,7 @@ def test_recipes_are_commands(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(cli.RECIPES))
 def test_bad_input_of_a_recipe_is_one_line(name, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("nonsense: 1\n", encoding="utf-8")
-    more = [] if name == "evaluate" else ["--use_cpu", "true"]
+    more = [] if name in ("evaluate", "diagnose") else ["--use_cpu", "true"]
     assert "nonsense" in fails([name, "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), *more], capsys)
     assert "no-such.yaml" in fails([name, "--config", str(tmp_path / "no-such.yaml")], capsys)
 

@@ -75,10 +75,13 @@ class DiagnoseConfig:
     top_p: float = field(default=1.0, metadata={"help": "Of the base model; 1.0 keeps all tokens."})
     seed: int = field(default=0, metadata={"help": "Of all noise."})
 
-    def __post_init__(self) -> None:
+    def check_complete(self) -> None:
+        """Raises ValueError where something is missing. Not in `__post_init__`: an unknown key in a file is to be named first."""
         for name in ("model_name_or_path", "reward_model_name_or_path", "dataset_name"):
             if not getattr(self, name):
                 raise ValueError(f"give --{name}")
+
+    def __post_init__(self) -> None:
         lowest = {
             "max_prompts": 2, "samples": 2 * self.num_particles, "num_particles": 1, "substitutions": 2, "regenerations": 1,
             "flow_steps": 1,
@@ -96,6 +99,7 @@ def run_diagnose(config: DiagnoseConfig, console: Console | None = None) -> Repo
     Raises:
         ValueError: a model, column or setting that does not work; says which.
     """
+    config.check_complete()
     sampler = load_sampler(
         config.model_name_or_path, config.reward_model_name_or_path, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, flow_batch_size=config.flow_batch_size,
