@@ -213,7 +213,11 @@ def coarse(log_mu: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     A tilt that is constant over the others has the same KL on these K + 1 events as on all V tokens.
     """
     top, ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1)
-    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-30).log()
+    rest = 1 - top.exp().sum(-1, keepdim=True)
+    if ids.shape[-1] == log_mu.shape[-1]:
+        # There are no others: what rounding leaves of 1 must not become an event that nothing can say.
+        rest = torch.zeros_like(rest)
+    rest = rest.clamp_min(1e-30).log()
     return ids, torch.cat([top, rest], -1).log_softmax(-1)
 
 
