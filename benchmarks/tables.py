@@ -4,7 +4,7 @@
     python -m benchmarks.tables --check    exit with 1 where one is out of date (a test does the same)
 
 A table stands between `<!-- results: FILE TASK ROWS... -->` and `<!-- /results -->`, FILE being the name of a report in
-benchmarks/results. ROWS are methods, shown in the order of the report: `vgf` stands for its verified rows with all reward models,
+benchmarks/results and TASK `-` where it has one task only. ROWS are methods, shown in the order of the report: `vgf` stands for its verified rows with all reward models,
 `vgf:unverified` and `vgf:one` for those without verification and with one reward model; sizes may be picked, `best_of_n:8,16`.
 """
 
@@ -55,7 +55,7 @@ def matches(row: Mapping[str, Any], wanted: str, several: int) -> bool:
     picked = set(filter(None, options.split(",")))
     sizes = {option for option in picked if option.isdigit()}
     return (
-        row["method"] == method
+        row["method"].partition(":")[0] == method
         and (not sizes or str(row["num_particles"]) in sizes)
         and (row.get("verified") is False) == ("unverified" in picked)
         and (row.get("members", several) < several) == ("one" in picked)
@@ -68,19 +68,20 @@ def table(report: Mapping[str, Any], task: str, methods: list[str]) -> str:
     Raises:
         ValueError: the report has no row of one of the methods.
     """
-    of_task = [r for r in report["rows"] if r["task"] == task]
+    of_task = [r for r in report["rows"] if task in (r["task"], "-")]
     several = max((r.get("members", 1) for r in of_task), default=1)
     if missing := [m for m in methods if not any(matches(r, m, several) for r in of_task)]:
         raise ValueError(f"no row of {', '.join(missing)} for {task}")
     rows = [r for r in of_task if any(matches(r, m, several) for m in methods)]
+    key, header = ("gold_over_best_of_n", "above best-of-n at equal generations")
+    if not any(key in r for r in of_task):
+        key, header = ("gain", "above L = 0")
     lines = [
-        "| method | generations | gold [95 %] | above best-of-n at equal generations | proxy | KL account | NLL base |",
+        f"| method | generations | gold [95 %] | {header} | proxy | KL account | NLL base |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
-        over = "-"
-        if "gold_over_best_of_n" in r:
-            over = "{gold_over_best_of_n:+.2f} [{gold_over_best_of_n_low:+.2f}, {gold_over_best_of_n_high:+.2f}]".format(**r)
+        over = f"{r[key]:+.2f} [{r[f'{key}_low']:+.2f}, {r[f'{key}_high']:+.2f}]" if key in r else "-"
         lines.append(
             f"| {name(r, several)} | {r['generations']:.1f} | {r['reward_gold']:.2f} [{r['reward_gold_low']:.2f}, "
             f"{r['reward_gold_high']:.2f}] | {over} | {r['reward_proxy']:.2f} | {r['kl_nats']:.2f} | {r['nll_base']:.1f} |"
