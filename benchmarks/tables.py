@@ -4,8 +4,9 @@
     python -m benchmarks.tables --check    exit with 1 where one is out of date (a test does the same)
 
 A table stands between `<!-- results: FILE TASK ROWS... -->` and `<!-- /results -->`, FILE being the name of a report in
-benchmarks/results and TASK `-` where it has one task only. ROWS are methods, shown in the order of the report: `vgf` stands for its verified rows with all reward models,
-`vgf:unverified` and `vgf:one` for those without verification and with one reward model; sizes may be picked, `best_of_n:8,16`.
+benchmarks/results, and TASK `-` where it has one task only. ROWS are methods, shown in the order of the report: `vgf` stands
+for its verified rows with all reward models, `vgf:unverified` and `vgf:one` for those without verification and with one
+reward model; sizes may be picked, `best_of_n:8,16`.
 """
 
 from __future__ import annotations
