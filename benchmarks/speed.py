@@ -4,9 +4,9 @@
     python -m benchmarks.speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 80 GB
 
 Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
-end at the limit only. Stages are timed inside `VGFSampler.sample`: drawing the particles, reading them in one forward,
-gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios are of
-runs in turns.
+end at the limit only. Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the particles, reading them in
+one forward, gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios
+are of runs in turns.
 
 Writes benchmarks/results/speed.json (speed_cuda.json on a GPU) and docs/img/speed.png.
 """
@@ -45,7 +45,7 @@ from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("sample", "read", "flow", "decode again", "score")
+STAGES = ("prompts", "sample", "read", "flow", "decode again", "score")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def timed(sampler: VGFSampler) -> Iterator[dict[str, float]]:
 
     with ExitStack() as stack:
         for owner, attribute, stage in (
+            (decode, "read_prompts", "prompts"),
+            (sampler.reward, "read", "prompts"),
             (decode, "sample", "sample"),
             (decode, "read", "read"),
             (sampler.reward, "value_and_grad", "flow"),
@@ -177,11 +179,12 @@ def floors(device: str) -> dict[str, float]:
 def shares(sampler: VGFSampler, load: Load, measured: Mapping[str, float], floor: Mapping[str, float]) -> dict[str, float]:
     """Flow as a share of the matmul peak; sampling as a share of what reading the weights once per token would take.
 
-    The flow of a member is a forward and a backward to its inputs, 4 FLOPs per weight and token: no gradient of a weight.
+    The flow of a member is a forward and a backward to its inputs, 4 FLOPs per weight and token of the completion: no gradient of
+    a weight, and prompts are read once.
     """
     members = sampler.reward.members
     weights = sum(p.numel() for m in members for n, p in m.named_parameters() if "embed" not in n)
-    tokens = load.prompts * load.num_particles * (load.prompt_length + load.length)
+    tokens = load.prompts * load.num_particles * load.length
     flop = 4 * weights * tokens * load.steps * load.rounds
     bytes_read = sum(p.nbytes for n, p in sampler.model.named_parameters() if "embed_in" not in n) * load.length
     return {

@@ -94,7 +94,15 @@ VGF: dict[str, dict[str, Any]] = {
     "vgf_tilt": {"flow_steps": 0, "target": "tilt"},
     "vgf_sft_policy": {**FLOW, **POLICY},
     "vgf_weighted_policy": {**FLOW, "target": "weighted", "target_temperature": 0.3, **POLICY},
-    "vgf_tilt_policy": {"flow_steps": 0, "target": "tilt", **POLICY},
+    # A dense target says where to go, not only which way: it is fitted four times, and may lie further away.
+    "vgf_tilt_policy": {
+        "flow_steps": 0,
+        "target": "tilt",
+        "num_iterations": 4,
+        "tilt_kl_cap": 0.3,
+        "target_temperature": 0.5,
+        **POLICY,
+    },
     "vgf_dpo_policy": {**FLOW, "target": "dpo", **POLICY},
     "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
@@ -513,7 +521,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--adaptations", nargs="+", default=["full"], choices=["full", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of every method")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of every method")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts a student is measured on")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs" / "demo" / "models", help="world of the demonstration")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")

@@ -117,8 +117,9 @@ class _Sum(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, vocab_size)
 
-    def forward(self, inputs_embeds, attention_mask, position_ids=None):
-        return ((inputs_embeds * attention_mask[..., None]).cumsum(1),)
+    def forward(self, inputs_embeds, attention_mask, past_key_values, position_ids=None, use_cache=True):
+        states, _ = past_key_values.update(inputs_embeds[:, None], inputs_embeds[:, None], 0)
+        return ((states[:, 0] * attention_mask[..., None]).cumsum(1)[:, -inputs_embeds.shape[1] :],)
 
 
 class SumOfEmbeddings(PreTrainedModel):

@@ -20,7 +20,7 @@ def sampler():
 class BagOfWords(DifferentiableReward):
     """A reward that is linear in the embeddings, whose gradient must predict every substitution exactly."""
 
-    def forward(self, prompt_ids, prompt_mask, embeds, mask):
+    def forward(self, prompt_ids, prompt_mask, embeds, mask, prefix=None):
         direction = torch.linspace(-1, 1, embeds.shape[-1])
         return ((embeds @ direction) * mask).sum(1)
 

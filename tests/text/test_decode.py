@@ -211,6 +211,20 @@ def noise_at(key, stream, position, vocab):
     return decode.gumbel(torch.tensor([key]), stream, torch.tensor([position]), vocab)[0]
 
 
+def hindsight_of(log_mu, ids, keys):
+    """Noise [R, T, V] of all tokens, given that completions [R, T] were said."""
+    rows, length, vocab = log_mu.shape
+    places = torch.arange(length).expand(rows, length)
+    said = torch.arange(vocab) == ids[..., None]
+    top = decode.gumbel(keys, decode.HINDSIGHT_TOP, places, 1)
+    return decode.hindsight(log_mu, said, top, decode.exponential(keys, decode.HINDSIGHT_REST, places, vocab))
+
+
+def everywhere(values):
+    """The tilt that adds values [R, T, V]."""
+    return decode.Tilt(torch.arange(values.shape[-1]).expand(values.shape), values)
+
+
 def slow_sample(model, prompt, key, base, length, eos):
     tokens, logprob = [], 0.0
     while len(tokens) < length and (not tokens or tokens[-1] not in eos):
@@ -223,7 +237,7 @@ def slow_sample(model, prompt, key, base, length, eos):
 def slow_redecode(model, prompt, old, key, base, length, eos, tilt, horizon):
     """Tokens, log mu, KL, log ratio and the number of new tokens of one completion decoded again, step by step."""
     tables = torch.stack([next_log_mu(model, prompt + old[:t], base) for t in range(len(old))])
-    noise = decode.hindsight(decode.Tables(tables[None], None, None), torch.tensor([old]), torch.tensor([key]))[0]
+    noise = hindsight_of(tables[None], torch.tensor([old]), torch.tensor([key]))[0]
     tokens, changed, logprob, spent, log_ratio = [], None, 0.0, 0.0, 0.0
     while len(tokens) < length and (not tokens or tokens[-1] not in eos):
         t = len(tokens)
@@ -266,20 +280,25 @@ ENDINGS = [(0, [0]), (1, [0]), (1, [0, 4]), (0, [0, 4])]
 
 
 def draw(model, prompts, keys, base, eos, pad, extra=0, length=LENGTH):
-    ids, mask = tiny.pad_left(prompts, pad, extra)
-    return decode.sample(model, ids, mask, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
+    prefix = prompts_of(model, prompts, len(keys) // len(prompts), pad, extra)
+    return decode.sample(model, prefix, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
 
 
-def redecode(model, prompts, n, decoded, tilt_fn, keys, base, eos, pad, extra=0, horizon=None):
-    """`tilt_fn(tables)` makes the tilt. Returns the result and the tilt."""
-    ids, mask = tiny.pad_left(prompts, pad, extra)
-    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+def prompts_of(model, prompts, n, pad, extra=0):
+    """The prompts, for n particles each."""
+    prefix = decode.read_prompts(model, *tiny.pad_left(prompts, pad, extra))
+    return prefix.deal(torch.arange(len(prompts)).repeat_interleave(n))
+
+
+def redecode(model, prompts, n, decoded, tilt_fn, keys, base, eos, pad, extra=0, horizon=None, lookahead=4):
+    """`tilt_fn(tables)` makes the tilt: values for every token, or a `Tilt`. Returns the result and the tilt."""
     width = int(decoded.mask.sum(1).max())
-    tables = decode.read(model, ids, mask, decoded.ids[:, :width], decoded.mask[:, :width], base)
+    prefix = prompts_of(model, prompts, n, pad, extra)
+    tables = decode.read(model, prefix, decoded.ids[:, :width], decoded.mask[:, :width], base)
     tilt = tilt_fn(tables)
     again = decode.redecode(
-        model, mask, decoded.ids, decoded.mask, tables, tilt, keys,
-        base=base, eos_ids=torch.tensor(eos), pad_id=pad, horizon=horizon,
+        model, decoded.ids, decoded.mask, tables, tilt if isinstance(tilt, decode.Tilt) else everywhere(tilt), keys,
+        base=base, eos_ids=torch.tensor(eos), pad_id=pad, horizon=horizon, lookahead=lookahead,
     )  # fmt: skip
     return again, tilt
 
@@ -402,6 +421,26 @@ def test_a_tilt_that_knows_nothing_of_the_old_tokens_gives_exactly_the_tilted_la
     assert abs(again.kl.double().mean() - exact) < 5 * again.kl.double().std() / math.sqrt(n) + 1e-6
 
 
+@pytest.mark.parametrize("base", [LAWS[0], LAWS[2]], ids=repr)
+def test_a_tilt_of_some_tokens_gives_exactly_the_law_of_the_same_tilt_of_all(base):
+    """Tokens without tilt take part as one event; which of them wins is drawn apart."""
+    prompts, n = [[2, 5]], 12000
+    keys = decode.row_keys(5, prompts, n)
+    drawn = draw(LAW_LM, prompts, keys, base, [99], 0, length=3)
+    some = torch.tensor([[1, 4], [0, 2], [5, 3]])
+    values = torch.tensor([[-2.0, 1.0], [0.7, -3.0], [-1.0, -1.5]])
+    fixed = torch.zeros(3, 6).scatter(-1, some, values)
+    again, _ = redecode(
+        LAW_LM, prompts, n, drawn, lambda t: decode.Tilt(some.expand(n, 3, 2), values.expand(n, 3, 2)), keys + 1, base, [99], 0
+    )
+    assert fits(rows_of(again), exact_law(LAW_LM, prompts[0], 3, 6, base, fixed)) > 1e-3
+    difference = (again.log_ratio - again.kl).double()
+    assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(n)
+    q, mu = exact_law(LAW_LM, prompts[0], 3, 6, base, fixed), exact_law(LAW_LM, prompts[0], 3, 6, base)
+    exact = sum(q[s] * math.log(q[s] / mu[s]) for s in q if q[s] > 0)
+    assert abs(again.kl.double().mean() - exact) < 5 * again.kl.double().std() / math.sqrt(n) + 1e-6
+
+
 def test_what_an_earlier_round_said_stays_at_tilt_zero_too():
     """A round infers noise for what the last one said as if mu had said it, under keys of its own."""
     prompts, n = [[2, 5]], 500
@@ -426,7 +465,7 @@ def test_the_old_token_wins_under_hindsight_noise(case, sharp):
     generator = torch.Generator().manual_seed(case)
     log_mu = (sharp * torch.randn(50, 4, 12, generator=generator)).log_softmax(-1)
     ids = torch.randint(12, (50, 4), generator=generator)
-    noise = decode.hindsight(decode.Tables(log_mu, None, None), ids, torch.arange(50) + case)
+    noise = hindsight_of(log_mu, ids, torch.arange(50) + case)
     assert noise.isfinite().all()
     assert torch.equal((log_mu + noise).argmax(-1), ids)
 
@@ -436,8 +475,7 @@ def test_hindsight_noise_of_tokens_drawn_from_mu_is_standard_gumbel_and_independ
     log_mu = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).log_softmax(-1)
     keys = decode.row_keys(4, [[1]], n)
     tokens = (log_mu + decode.gumbel(keys, decode.SAMPLE, torch.zeros(n, dtype=torch.int64), vocab)).argmax(-1)
-    tables = decode.Tables(log_mu.expand(n, 1, vocab), None, None)
-    noise = decode.hindsight(tables, tokens[:, None], keys + 1)[:, 0]
+    noise = hindsight_of(log_mu.expand(n, 1, vocab), tokens[:, None], keys + 1)[:, 0]
     assert is_gumbel(noise[:, 4]) > 1e-4
     for v in range(vocab):
         assert is_gumbel(noise[:, v]) > 1e-4, v
@@ -477,7 +515,8 @@ def test_tilt_zero_returns_the_completions_even_under_the_most_extreme_noise(u, 
 
     def extreme(keys, stream, positions, size):
         drawn = plain(keys, stream, positions, size)
-        return torch.full_like(drawn, u) if stream == decode.HINDSIGHT_REST else drawn
+        rest = torch.as_tensor(stream) == decode.HINDSIGHT_REST
+        return torch.where(rest[..., None] if rest.ndim else rest, u, drawn)
 
     prompts, model = [[2, 3], [5]], MODELS["llama"]
     keys = decode.row_keys(0, prompts, 200)
@@ -563,6 +602,68 @@ def test_a_moved_completion_does_not_depend_on_its_batch_mates(case):
         return rows_of(again)
 
     assert moved([prompts[b]], keys[mine], push[mine], 0) == moved(prompts, keys, push, rng.randint(0, 3))[mine]
+
+
+@given(case=st.integers(0, 10**9))
+@settings(max_examples=40)
+def test_looking_ahead_along_the_old_text_changes_nothing_but_the_number_of_forwards(case):
+    rng = random.Random(case)
+    model = MODELS[rng.choice(tiny.FAMILIES)]
+    pad, eos = rng.choice(ENDINGS)
+    prompts, base, n = draw_prompts(rng, VOCAB, 3), random_base(rng, VOCAB), 3
+    keys = decode.row_keys(rng.randrange(100), prompts, n)
+    drawn = draw(model, prompts, keys, base, eos, pad, length=12)
+    push = rng.choice([0.5, 2.0]) * torch.randn(len(keys), 12, VOCAB, generator=torch.Generator().manual_seed(case))
+    horizon, forwards = rng.choice([None, 0, 2]), []
+    plain = decode._forward
+
+    def counted(*args, **kwargs):
+        forwards[-1] += 1
+        return plain(*args, **kwargs)
+
+    decode._forward = counted
+    try:
+        results = []
+        for lookahead in (1, 2, 4, 30):
+            forwards.append(0)
+            again, _ = redecode(
+                model, prompts, n, drawn, lambda t: push[:, : t.log_mu.shape[1]], keys + 1, base, eos, pad,
+                rng.randint(0, 2), horizon, lookahead,
+            )  # fmt: skip
+            results.append(again)
+    finally:
+        decode._forward = plain
+    for again in results[1:]:
+        assert rows_of(again) == rows_of(results[0]) and torch.equal(again.new_tokens, results[0].new_tokens)
+        for field in ("logprobs", "kl", "log_ratio"):
+            torch.testing.assert_close(getattr(again, field), getattr(results[0], field), atol=1e-4, rtol=1e-4)
+    assert forwards[0] >= forwards[1] >= forwards[2] >= forwards[3]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_an_old_text_that_is_said_again_costs_one_forward_per_block(family):
+    """One token is forced, and all that follows it stays: the draft is right throughout."""
+    model = MODELS[family]
+    prompts, keys = [[2, 3]], decode.row_keys(0, [[2, 3]], 1)
+    drawn = draw(model, prompts, keys, PLAIN, [99], 1, length=33)
+
+    def again(lookahead):
+        stuck = torch.zeros(1, 33, VOCAB + 2)
+        stuck[0, 0, (drawn.ids[0, 0] + 1) % VOCAB] = 1e4
+        stuck[0, torch.arange(1, 33), drawn.ids[0, 1:]] = 1e4
+        counts, plain = [0], decode._forward
+
+        def counted(*args, **kwargs):
+            counts[0] += 1
+            return plain(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "_forward", counted)
+            moved, _ = redecode(model, prompts, 1, drawn, lambda t: stuck, keys, PLAIN, [99], 1, lookahead=lookahead)
+        assert moved.ids[0, 1:].tolist() == drawn.ids[0, 1:].tolist() and moved.ids[0, 0] != drawn.ids[0, 0]
+        return counts[0] - 3  # the prompt, the old text, and the token that changed
+
+    assert again(1) == 31 and again(8) == 4
 
 
 def test_an_overwhelming_tilt_towards_the_end_of_sequence_token_cuts_and_away_from_it_prolongs():

@@ -253,8 +253,9 @@ def test_one_decode_may_spend_the_kl_budget_and_spends_no_more(monkeypatch):
     sampler = build(reward="count", flow_batch_size=100)
     output = sampler.sample(PROMPTS, 16, TransportBudget(steps=2, kl_budget=0.7), 12, 0, verify=False)
     (given,) = seen
-    log_mu = given["tables"].log_mu
-    price = (decode.kl(decode.tilted(log_mu, given["tilt"]), log_mu) * given["mask"][:, : log_mu.shape[1]]).sum(1)
+    log_mu, tilt = given["tables"].log_mu, given["tilt"]
+    tilted = decode.tilted(log_mu, torch.zeros_like(log_mu).scatter(-1, tilt.ids, tilt.values))
+    price = (decode.kl(tilted, log_mu) * given["mask"][:, : log_mu.shape[1]]).sum(1)
     long = given["mask"].sum(1) > 3
     assert long.any() and price[long].tolist() == pytest.approx([0.7] * int(long.sum()), rel=0.01)
     # Up to the first change, and only where there is one.
@@ -294,11 +295,11 @@ def test_a_tilt_favours_the_base_models_own_candidates_and_never_the_end_or_padd
     sampler = build(candidates=candidates)
     for tables, ids, mask, tilt, _ in tilts_of(sampler, monkeypatch):
         ranks = tables.log_mu.argsort(-1, descending=True).argsort(-1)
-        assert (tilt[ranks >= candidates] == 0).all()
-        assert (tilt[..., [EOS, PAD]] == 0).all()
-        width = tilt.shape[1]
-        assert (tilt[~mask[:, :width]] == 0).all() and (tilt[ids[:, :width] == EOS] == 0).all()
-        assert (tilt != 0).any()
+        width, values = tilt.ids.shape[1], tilt.values
+        assert (ranks.gather(-1, tilt.ids) < candidates).all() and tilt.ids.shape[2] == min(candidates, ranks.shape[-1])
+        assert (values[(tilt.ids == EOS) | (tilt.ids == PAD)] == 0).all()
+        assert (values[~mask[:, :width]] == 0).all() and (values[ids[:, :width] == EOS] == 0).all()
+        assert (values != 0).any()
 
 
 def test_every_round_has_noise_of_its_own(monkeypatch):

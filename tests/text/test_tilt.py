@@ -29,8 +29,9 @@ def rows(prompts, completions, extra=0):
     return *tiny.pad_left(prompts, 1, extra), *tiny.pad_right(completions, 1, extra)
 
 
-def log_mu(sampler, *batch):
-    return decode.read(sampler.model, *batch, sampler.base).log_mu
+def log_mu(sampler, prompt_ids, prompt_mask, ids, mask):
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
+    return decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
 
 
 def test_targets_are_distributions_over_the_likeliest_tokens_and_the_rest(sampler):

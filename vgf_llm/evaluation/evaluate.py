@@ -391,8 +391,8 @@ def _gold_scorer(config: EvaluationConfig, sampler: VGFSampler) -> _Scorer:
         ) -> list[float]:
             scores: list[float] = []
             for i in range(0, len(ids), batch):
-                sides = (_pad(rows[i : i + batch], tokenizer, device) for rows in (prompt_ids, ids))
-                scores += reward.score_ids(*(part for side in sides for part in side)).tolist()
+                (read, seen), (said, mask) = (_pad(rows[i : i + batch], tokenizer, device) for rows in (prompt_ids, ids))
+                scores += reward.score_ids(read, seen, said, mask).tolist()
             return scores
 
         return by_ids

@@ -145,7 +145,8 @@ class _Texts:
         pad, device = sampler.processing_class.pad_token_id, sampler.model.device
         self.prompt_ids, self.prompt_mask = _padded(encoded, pad, "left", device)
         self.ids, self.mask = _padded(drawn, pad, "right", device)
-        self.log_mu = decode.read(sampler.model, self.prompt_ids, self.prompt_mask, self.ids, self.mask, sampler.base).log_mu
+        self.prefix = decode.read_prompts(sampler.model, self.prompt_ids, self.prompt_mask)
+        self.log_mu = decode.read(sampler.model, self.prefix, self.ids, self.mask, sampler.base).log_mu
         self.moves = self.mask & ~torch.isin(self.ids, sampler.eos_ids)
         self.keys = torch.cat([decode.row_keys(seed, [p], 1) for p in encoded]).to(device)
 
@@ -259,14 +260,14 @@ class _Texts:
         ids[:, :width] = self.ids[row, :width]
         ids = ids.masked_fill(~mask, pad).scatter(1, place[:, None], other[:, None])
         prompt_ids, prompt_mask = self.prompt_ids[row], self.prompt_mask[row]
-        tables = decode.read(sampler.model, prompt_ids, prompt_mask, ids[:, :width], mask[:, :width], sampler.base)
-        tilt = torch.zeros_like(tables.log_mu)
-        tilt[torch.arange(len(row)), place, token] = _FORCED
+        tables = decode.read(sampler.model, self.prefix.deal(row), ids[:, :width], mask[:, :width], sampler.base)
+        forced = torch.where(column[:width] == place[:, None], _FORCED, 0.0)
+        tilt = decode.Tilt(token[:, None, None].expand(-1, width, 1), forced[..., None])
         rewards, members, golds = [], [], []
         for index in range(count):
             keys = torch.stack([decode.round_keys(self.keys, n * count + index) for n in range(int(number.max()) + 1)])
             decoded = decode.redecode(
-                sampler.model, prompt_mask, ids, mask, tables, tilt, keys[number, row],
+                sampler.model, ids, mask, tables, tilt, keys[number, row],
                 base=sampler.base, eos_ids=sampler.eos_ids, pad_id=pad, horizon=0,
             )  # fmt: skip
             score, by_member = self._scores(prompt_ids, prompt_mask, decoded.ids, decoded.mask)

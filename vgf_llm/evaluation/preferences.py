@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vgf_llm.text import BaseDistribution, decode
+from vgf_llm.text.prefix import Prefix
 
 
 Pair = tuple[str, str, str]
@@ -86,15 +87,16 @@ class _Drawer:
     def sample(self, prompt_ids: list[list[int]], n: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Ids and mask [P * n, T] of `n` completions per prompt."""
         keys = torch.tensor([rng.getrandbits(62) for _ in range(n * len(prompt_ids))])
+        prefix = self._read(prompt_ids)
         drawn = decode.sample(
-            self.model, *self._pad(prompt_ids), keys, base=self.base, max_new_tokens=self.max_new_tokens,
+            self.model, prefix.deal(prefix.rows.repeat_interleave(n)), keys, base=self.base, max_new_tokens=self.max_new_tokens,
             eos_ids=self.eos, pad_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
         return drawn.ids, drawn.mask
 
     def edit(self, prompt_ids: list[list[int]], ids: Tensor, mask: Tensor, keep: bool, rng: random.Random) -> list[str]:
         """The texts [P] with one token replaced; what follows it is kept, or written anew by the base model."""
-        log_mu = decode.read(self.model, *self._pad(prompt_ids), ids, mask, self.base).log_mu
+        log_mu = decode.read(self.model, self._read(prompt_ids), ids, mask, self.base).log_mu
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         inside = mask & ~torch.isin(ids, self.eos)
         inside[:, 0] |= ~inside.any(1)
@@ -116,6 +118,6 @@ class _Drawer:
     def _text(self, ids: list[int]) -> str:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _pad(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _read(self, prompt_ids: list[list[int]]) -> Prefix:
         batch = self.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"].bool()
+        return decode.read_prompts(self.model, batch["input_ids"], batch["attention_mask"].bool())

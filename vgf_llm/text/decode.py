@@ -22,13 +22,17 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+
+from .prefix import Prefix, cache_of, layers_of
+from .prefix import positions as positions_of
 
 
-Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Rows [A] that go on, positions [A, k] and logits [A, k, V] there -> the tokens they say [A, k], and of each what is to be added
+# up along the completion, [A, k, quantities].
+Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Streams of the counter: noise of different use must not repeat.
-SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL = range(5)
+SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL, HINDSIGHT_OTHERS, WHICH_OTHER = range(7)
 
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]], num_particles: int, start: int = 0) -> Tensor:
@@ -54,20 +58,26 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def uniform(keys: Tensor, stream: int, positions: Tensor, size: int) -> Tensor:
+def uniform(keys: Tensor, stream: int | Tensor, positions: Tensor, size: int | Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64 [R, ..., size], that depend on nothing but their coordinates.
 
-    keys [R]; positions [R] or [R, T].
+    keys [R]; positions [R] or [R, T], and the stream like them where it is not one. `size` tokens, or which ones: [R, ..., K].
     """
     keys = keys.view(keys.shape + (1,) * (positions.ndim - keys.ndim))
-    counter = _mix(keys ^ _mix(positions * 8 + stream))[..., None] + torch.arange(size, device=keys.device) * 2654435769
+    tokens = size if isinstance(size, Tensor) else torch.arange(size, device=keys.device)
+    counter = _mix(keys ^ _mix(positions * 8 + stream))[..., None] + tokens * 2654435769
     # 52 bits and half a unit: never 0, never 1, so that the logarithms below are finite.
     return (((_mix(counter) >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
 
 
-def gumbel(keys: Tensor, stream: int, positions: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise, float32 [R, ..., size]."""
-    return -torch.log(-torch.log(uniform(keys, stream, positions, size))).float()
+def exponential(keys: Tensor, stream: int | Tensor, positions: Tensor, size: int | Tensor) -> Tensor:
+    """Standard exponential noise, float32 [R, ..., size]: see `uniform`."""
+    return -torch.log(uniform(keys, stream, positions, size)).float()
+
+
+def gumbel(keys: Tensor, stream: int | Tensor, positions: Tensor, size: int | Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 [R, ..., size]: see `uniform`."""
+    return -torch.log(exponential(keys, stream, positions, size))
 
 
 @dataclass(frozen=True)
@@ -133,10 +143,17 @@ class Decoded:
 
 
 @torch.no_grad()
+def read_prompts(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
+    """Prompts [B, P], one row each; `Prefix.deal` gives them to their particles."""
+    cache = DynamicCache()
+    logits = _forward(model, prompt_ids, prompt_mask, cache)[:, -1]
+    return Prefix(prompt_mask, [layers_of(cache)], logits, torch.arange(len(prompt_ids), device=prompt_ids.device))
+
+
+@torch.no_grad()
 def sample(
     model: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prefix: Prefix,
     keys: Tensor,
     *,
     base: BaseDistribution,
@@ -144,27 +161,18 @@ def sample(
     eos_ids: Tensor,
     pad_id: int,
 ) -> Decoded:
-    """Ancestral samples from mu by Gumbel-max.
-
-    prompt_ids [B, P], prompt_mask [B, P], keys [B * N]. The prompt is read once and shared by its N particles.
-    """
+    """Ancestral samples [R, T] from mu by Gumbel-max, one for each row of the prompts, keys [R]."""
     rows = keys.shape[0]
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, prompt_ids, prompt_mask, cache)[:, -1]
-    repeats = rows // prompt_ids.shape[0]
-    cache.batch_repeat_interleave(repeats)
-    attention = prompt_mask.repeat_interleave(repeats, 0)
-    logprobs = torch.zeros(rows, device=prompt_ids.device)
 
-    def choose(active: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
+    def choose(active: Tensor, positions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         log_mu = base.log_probs(logits)
         tokens = (log_mu + gumbel(keys[active], SAMPLE, positions, log_mu.shape[-1])).argmax(-1)
-        logprobs[active] += log_mu.gather(-1, tokens[:, None])[:, 0]
-        return tokens
+        return tokens, log_mu.gather(-1, tokens[..., None])
 
-    ids = torch.full((rows, max_new_tokens), pad_id, device=prompt_ids.device)
-    start = torch.zeros(rows, dtype=torch.int64, device=prompt_ids.device)
-    _continue(model, cache, attention, logits.repeat_interleave(repeats, 0), ids, start, choose, eos_ids)
+    ids = torch.full((rows, max_new_tokens), pad_id, device=keys.device)
+    start = torch.zeros(rows, dtype=torch.int64, device=keys.device)
+    logits = cast(Tensor, prefix.logits)[prefix.rows]
+    logprobs = _continue(model, prefix.cache(), prefix.mask[prefix.rows], logits, ids, start, choose, eos_ids)[:, 0]
     mask = completion_mask(ids, eos_ids)
     zeros = torch.zeros_like(logprobs)
     return Decoded(ids, mask, logprobs, zeros, zeros, mask.sum(1))
@@ -186,14 +194,21 @@ class Tables:
 
 
 @torch.no_grad()
-def read(
-    model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, base: BaseDistribution
-) -> Tables:
-    """log mu at every position of completions [R, T] of prompts [R, P], in one forward."""
-    attention = torch.cat([prompt_mask, mask], 1)
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, torch.cat([prompt_ids, ids], 1), attention, cache, keep=ids.shape[1] + 1)
-    return Tables(base.log_probs(logits[:, :-1]), cache, attention)
+def read(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor, base: BaseDistribution) -> Tables:
+    """log mu at every position of completions [R, T] of the prompts, in one forward."""
+    attention, cache = prefix.attention(mask), prefix.cache()
+    after = _forward(model, ids, attention, cache, keep=ids.shape[1])[:, :-1]
+    logits = torch.cat([cast(Tensor, prefix.logits)[prefix.rows][:, None], after], 1)
+    return Tables(base.log_probs(logits), cache, attention)
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """What is added to log mu at every position of R completions: `values` [R, T, K] at K tokens `ids` [R, T, K], none twice,
+    and nothing at the others."""
+
+    ids: Tensor
+    values: Tensor
 
 
 def tilted(log_mu: Tensor, tilt: Tensor) -> Tensor:
@@ -212,13 +227,18 @@ def coarse(log_mu: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
 
     A tilt that is constant over the others has the same KL on these K + 1 events as on all V tokens.
     """
-    top, ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1)
-    rest = 1 - top.exp().sum(-1, keepdim=True)
+    ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1).indices
+    return ids, with_rest(log_mu, ids)
+
+
+def with_rest(log_mu: Tensor, ids: Tensor) -> Tensor:
+    """log mu [..., K + 1] of the tokens `ids` [..., K] and of all others as one event."""
+    some = log_mu.gather(-1, ids)
+    rest = 1 - some.exp().sum(-1, keepdim=True)
     if ids.shape[-1] == log_mu.shape[-1]:
         # There are no others: what rounding leaves of 1 must not become an event that nothing can say.
         rest = torch.zeros_like(rest)
-    rest = rest.clamp_min(1e-30).log()
-    return ids, torch.cat([top, rest], -1).log_softmax(-1)
+    return torch.cat([some, rest.clamp_min(1e-30).log()], -1).log_softmax(-1)
 
 
 def solve_scale(log_mu: Tensor, direction: Tensor, mask: Tensor, kl_budget: float, iterations: int = 24) -> Tensor:
@@ -242,103 +262,93 @@ def solve_scale(log_mu: Tensor, direction: Tensor, mask: Tensor, kl_budget: floa
     return torch.where(total > 0, low.sqrt() * high.sqrt(), 0.0)
 
 
-def hindsight(tables: Tables, ids: Tensor, keys: Tensor) -> Tensor:
-    """Gumbel noise [R, T, V] from its posterior given that the base model said `ids`.
+def hindsight(log_mu: Tensor, said: Tensor, top: Tensor, noise: Tensor) -> Tensor:
+    """Gumbel noise [..., K] of K tokens from its posterior, given which token the base model said.
 
     The winning value is Gumbel(0) since mu is normalised; every other value is Gumbel(log mu) truncated at it
-    (Maddison et al. 2014, arXiv 1411.0030): `z_v = log mu_v - log(mu_v exp(-top) - log u)`. The noise is `z - log mu`;
+    (Maddison et al. 2014, arXiv 1411.0030): `z_v = log mu_v - log(mu_v exp(-top) - log u)`. What is returned is `z - log mu`;
     outside the support it is plain noise.
+
+    Args:
+        log_mu: [..., K].
+        said: bool [..., K], the token that was said, if it is among the K.
+        top: [..., 1] standard Gumbel noise, the winning value.
+        noise: [..., K] standard exponential noise.
     """
-    rows, length, vocab = tables.log_mu.shape
-    positions = torch.arange(length, device=ids.device).expand(rows, length)
-    top = gumbel(keys, HINDSIGHT_TOP, positions, 1)
-    log_mu = tables.log_mu
-    minus_log_u = -torch.log(uniform(keys, HINDSIGHT_REST, positions, vocab)).float()
-    noise = -torch.log((log_mu - top).exp() + minus_log_u)
-    said, plain = log_mu.gather(-1, ids[..., None]), noise.gather(-1, ids[..., None])
-    return noise.scatter(-1, ids[..., None], torch.where(said > -torch.inf, top - said, plain))
+    return torch.where(said & (log_mu > -torch.inf), top - log_mu, -torch.log((log_mu - top).exp() + noise))
 
 
 @torch.no_grad()
 def redecode(
     model: PreTrainedModel,
-    prompt_mask: Tensor,
     ids: Tensor,
     mask: Tensor,
     tables: Tables,
-    tilt: Tensor,
+    tilt: Tilt,
     keys: Tensor,
     *,
     base: BaseDistribution,
     eos_ids: Tensor,
     pad_id: int,
     horizon: int | None = None,
+    lookahead: int = 4,
 ) -> Decoded:
     """Decode completions again under `log mu + tilt` with the noise that made them what they are.
 
     The old tokens are a draft: `tables` verifies all of them at once, and decoding resumes at the first token that the tilt
-    changes, with keys and values up to there kept.
+    changes, with keys and values up to there kept. From there on the rest of the old text goes on as a draft, `lookahead` tokens
+    in one forward: with the noise that once chose them, many of them are said again.
 
     Args:
-        prompt_mask: [R, P].
         ids, mask: [R, T] completions; `tables` was read from their first columns, up to the longest.
-        tilt: [R, T', V] as wide as `tables`, added to log mu at the same position; nothing is tilted beyond the last position.
+        tilt: as wide as `tables`; nothing is tilted beyond the last position.
         keys: [R] noise keys of this round.
         horizon: how many positions after the first change the tilt still holds. None: to the end. 0: the first change
             only, after which the base model is on its own.
+        lookahead: tokens per forward after the first change. The result does not depend on it; 1 is plain decoding.
     """
     _, length, vocab = tables.log_mu.shape
-    place = torch.arange(length, device=ids.device)
+    place = torch.arange(length, device=ids.device).expand(len(ids), length)
     draft, inside = ids[:, :length], mask[:, :length]
-    noise = hindsight(tables, draft, keys)
-    log_q = tilted(tables.log_mu, tilt)
-    # A row changes where another token overtakes strictly: at tilt zero the old token wins by construction.
-    # Capped before the tilt: rounding alone must not lift a rival over the token that won. A token that rounding has
-    # pushed out of the support (this forward is parallel, the one that said it was not) stays too; its log ratio is 0.
-    untilted = tables.log_mu + noise
-    perturbed = torch.minimum(untilted, untilted.gather(-1, draft[..., None])) + tilt
-    old = perturbed.gather(-1, draft[..., None])[..., 0]
-    rival, token = perturbed.scatter(-1, draft[..., None], -torch.inf).max(-1)
-    overtaken = (rival > old) & inside
+    token, overtaken = _verify(tables.log_mu, draft, tilt, keys, place)
+    overtaken &= inside
     changed = overtaken.any(1)
     first = torch.where(changed, overtaken.int().argmax(1), inside.sum(1) - 1)
     reached = (place <= first[:, None]) & inside
     at_change = (place == first[:, None]) & changed[:, None]
     verified = torch.where(at_change, token, draft).masked_fill(~reached, pad_id)
-
-    spent = (kl(log_q, tables.log_mu) * reached).sum(1)
-    pick = verified.masked_fill(~reached, 0)[..., None]
-    log_mu_said = tables.log_mu.gather(-1, pick)[..., 0].masked_fill(~reached, 0)
-    log_ratio = (log_q.gather(-1, pick)[..., 0].masked_fill(~reached, 0) - log_mu_said).nan_to_num(0.0).sum(1)
-    logprobs = log_mu_said.sum(1)
+    said = verified.masked_fill(~reached, 0)
+    totals = torch.where(reached[..., None], _quantities(tables.log_mu, tilt.ids, tilt.values, said), 0.0).sum(1)
     new_ids = torch.full_like(ids, pad_id)
     new_ids[:, :length] = verified
 
     ended = torch.isin(new_ids.gather(1, first[:, None])[:, 0], eos_ids) | (first == ids.shape[1] - 1)
     go = (changed & ~ended).nonzero()[:, 0]
     if len(go):
-        cache, attention = _right_align(tables.cache, tables.attention, go, prompt_mask.shape[1] + first[go])
+        cache, attention = _right_align(tables.cache, tables.attention, go, tables.attention.shape[1] - length + first[go])
         attention = torch.cat([attention, attention.new_ones(len(go), 1)], 1)
         logits = _forward(model, new_ids[go, first[go]][:, None], attention, cache)[:, -1]
 
-        def choose(active: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
-            r, at = go[active], positions.clamp(max=length - 1)
+        def choose(active: Tensor, positions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+            r, at = go[active][:, None], positions.clamp(max=length - 1)
             log_mu = base.log_probs(logits)
-            old_noise = inside[r, at] & (positions < length)
-            z = torch.where(old_noise[:, None], noise[r, at], gumbel(keys[r], BEYOND, positions, vocab))
-            holds = old_noise if horizon is None else old_noise & (positions <= first[r] + horizon)
-            b = torch.where(holds[:, None], tilt[r, at], 0.0)
-            said = (log_mu + b + z).argmax(-1, keepdim=True)
-            log_q = tilted(log_mu, b)
-            spent[r] += kl(log_q, log_mu)
-            logprobs[r] += log_mu.gather(-1, said)[:, 0]
-            log_ratio[r] += (log_q.gather(-1, said) - log_mu.gather(-1, said))[:, 0]
-            return said[:, 0]
+            old = inside[r, at] & (positions < length)
+            noise = exponential(keys[r[:, 0]], torch.where(old, HINDSIGHT_REST, BEYOND), positions, vocab)
+            was = torch.arange(vocab, device=ids.device) == draft[r, at][..., None]
+            then = hindsight(tables.log_mu[r, at], was, gumbel(keys[r[:, 0]], HINDSIGHT_TOP, at, 1), noise)
+            z = torch.where(old[..., None], then, -torch.log(noise))
+            holds = old if horizon is None else old & (positions <= first[r] + horizon)
+            values = torch.where(holds[..., None], tilt.values[r, at], 0.0)
+            said = (log_mu + z).scatter_add(-1, tilt.ids[r, at], values).argmax(-1)
+            return said, _quantities(log_mu, tilt.ids[r, at], values, said)
 
         continued = new_ids[go]
-        _continue(model, cache, attention, logits, continued, first[go] + 1, choose, eos_ids)
+        totals[go] += _continue(
+            model, cache, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], lookahead
+        )  # fmt: skip
         new_ids[go] = continued
     new_mask = completion_mask(new_ids, eos_ids)
+    logprobs, spent, log_ratio = totals.unbind(1)
     return Decoded(
         torch.where(changed[:, None], new_ids, ids),
         torch.where(changed[:, None], new_mask, mask),
@@ -346,6 +356,53 @@ def redecode(
         spent,
         log_ratio,
         torch.where(changed, new_mask.sum(1) - first - 1, 0),
+    )
+
+
+def _verify(log_mu: Tensor, draft: Tensor, tilt: Tilt, keys: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tilt makes of every token of a draft [R, T], were all before it unchanged: the token said instead, and whether it
+    overtakes the old one, [R, T].
+
+    Noise is needed for the tilted tokens only. All others together win with the value of the best of them, a Gumbel of their
+    joint mass truncated like each of theirs, and which of them it is does not depend on that value.
+    """
+    top = gumbel(keys, HINDSIGHT_TOP, place, 1)
+    some = log_mu.gather(-1, tilt.ids)
+    # Capped before the tilt: rounding alone must not lift a rival over the token that won. A token that rounding has pushed
+    # out of the support (this forward is parallel, the one that said it was not) stays as well, unless a rival is tilted.
+    is_draft = tilt.ids == draft[..., None]
+    noise = exponential(keys, HINDSIGHT_REST, place, tilt.ids)
+    untilted = torch.minimum(some + hindsight(some, is_draft, top, noise), top)
+    old = top[..., 0] + (tilt.values * is_draft).sum(-1)
+    rival, which = (untilted + tilt.values).masked_fill(is_draft, -torch.inf).max(-1)
+    token = tilt.ids.gather(-1, which[..., None])[..., 0]
+    # The others: neither tilted nor the draft itself. What rounding leaves of 1 is none.
+    said = log_mu.gather(-1, draft[..., None])[..., 0].masked_fill(is_draft.any(-1), -torch.inf)
+    mass = 1 - some.exp().sum(-1) - said.exp() if tilt.ids.shape[-1] < log_mu.shape[-1] else torch.zeros_like(old)
+    noise = exponential(keys, HINDSIGHT_OTHERS, place, 1)
+    best = -torch.log((-top).exp() + noise / mass.clamp_min(1e-5)[..., None])[..., 0]
+    other = (mass > 1e-5) & (best > rival) & (best > old)
+    if other.any():
+        r, t = other.nonzero(as_tuple=True)
+        left = log_mu[r, t].scatter(-1, tilt.ids[r, t], -torch.inf).scatter(-1, draft[r, t][:, None], -torch.inf)
+        token[r, t] = (left + gumbel(keys[r], WHICH_OTHER, t, left.shape[-1])).argmax(-1)
+    return token, (rival > old) | other
+
+
+def _quantities(log_mu: Tensor, ids: Tensor, values: Tensor, said: Tensor) -> Tensor:
+    """[R, T, 3]: log mu of the tokens said [R, T]; KL(q || mu) where they were said; log q - log mu of them."""
+    events, tilt = with_rest(log_mu, ids), torch.nn.functional.pad(values, (0, 1))
+    log_q = tilted(events, tilt)
+    shift = torch.logsumexp(events + tilt, -1)
+    ratio = (values * (ids == said[..., None])).sum(-1) - shift
+    some = (values != 0).any(-1)
+    return torch.stack(
+        [
+            log_mu.gather(-1, said[..., None])[..., 0],
+            torch.where(some, kl(log_q, events), 0.0),
+            torch.where(some, ratio, 0.0),
+        ],
+        -1,
     )
 
 
@@ -357,11 +414,10 @@ def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
 
 def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 1) -> Tensor:
     """Logits of the last `keep` positions. Position ids count real tokens: learned positions need it under padding."""
-    positions = (attention.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return model(
         input_ids=ids,
         attention_mask=attention.long(),
-        position_ids=positions,
+        position_ids=positions_of(attention, ids.shape[1]),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=keep,
@@ -377,23 +433,55 @@ def _continue(
     start: Tensor,
     choose: Choose,
     eos_ids: Tensor,
-) -> None:
-    """Fill `ids` [R, T] in place from position `start` [R] on, row by row its own position; finished rows leave the batch."""
-    active = torch.arange(ids.shape[0], device=ids.device)
-    positions = start.clone()
+    draft: Tensor | None = None,
+    lookahead: int = 1,
+) -> Tensor:
+    """Fill `ids` [R, T] in place from position `start` [R] on, row by row its own position; finished rows leave the batch.
+
+    `logits` [R, V] are those at `start`. With a draft [R, T], every forward also takes the next `lookahead - 1` tokens of it, and
+    what follows them counts as far as they were said. Returns the quantities of `choose`, added up along each row.
+    """
+    length = ids.shape[1]
+    active = torch.arange(len(ids), device=ids.device)
+    positions, guess, logits = start.clone(), start.new_empty(len(ids), 0), logits[:, None]
+    totals: Tensor | None = None
     while True:
-        tokens = choose(active, positions, logits)
-        ids[active, positions] = tokens
-        positions = positions + 1
-        goes_on = ~torch.isin(tokens, eos_ids) & (positions < ids.shape[1])
+        places = positions[:, None] + torch.arange(guess.shape[1] + 1, device=ids.device)
+        tokens, quantities = choose(active, places, logits)
+        # A token counts if all guesses before it were right, none of them was the last, and there is room for it.
+        ends = torch.isin(tokens, eos_ids)
+        right = (tokens[:, :-1] == guess) & ~ends[:, :-1]
+        counts = torch.cat([torch.ones_like(ends[:, :1]), right.cumprod(1).bool()], 1) & (places < length)
+        row, column = counts.nonzero(as_tuple=True)
+        ids[active[row], places[row, column]] = tokens[row, column]
+        if totals is None:
+            totals = quantities.new_zeros(len(ids), quantities.shape[-1])
+        totals[active] += torch.where(counts[..., None], quantities, 0.0).sum(1)
+        count = counts.sum(1)
+        last = (count - 1)[:, None]
+        # The first column of the last forward held a token that had been said, the others guesses: wrong ones are unseen.
+        width = guess.shape[1]
+        if width:
+            attention[:, -width:] = counts[:, 1:]
+        positions = positions + count
+        goes_on = ~ends.gather(1, last)[:, 0] & (positions < length)
+        said = tokens.gather(1, last)
         if not goes_on.all():
             kept = goes_on.nonzero()[:, 0]
             if len(kept) == 0:
-                return
+                return totals
             cache.batch_select_indices(kept)
-            active, positions, tokens, attention = active[kept], positions[kept], tokens[kept], attention[kept]
-        attention = torch.cat([attention, attention.new_ones(len(active), 1)], 1)
-        logits = _forward(model, tokens[:, None], attention, cache)[:, -1]
+            active, positions, said, attention = active[kept], positions[kept], said[kept], attention[kept]
+        if draft is not None and lookahead > 1:
+            ahead = positions[:, None] + torch.arange(min(lookahead - 1, length - 1), device=ids.device)
+            guess = draft[active[:, None], ahead.clamp(max=length - 1)]
+            # Nothing follows the last place: what would stand there is unseen, and takes no position.
+            seen = torch.cat([torch.ones_like(said, dtype=torch.bool), ahead < length - 1], 1)
+        else:
+            guess, seen = guess[: len(active)], torch.ones_like(said, dtype=torch.bool)
+        block = torch.cat([said, guess], 1)
+        attention = torch.cat([attention, seen], 1)
+        logits = _forward(model, block, attention, cache, keep=block.shape[1])
 
 
 def _right_align(cache: DynamicCache, attention: Tensor, rows: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:
@@ -402,10 +490,8 @@ def _right_align(cache: DynamicCache, attention: Tensor, rows: Tensor, lengths: 
     source = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]
     inside = source >= 0
     source = source.clamp_min(0)
-    aligned = DynamicCache()
-    # What a DynamicCache of attention layers holds, once it has been filled.
-    for index, layer in enumerate(cast("list[DynamicLayer]", cache.layers)):
-        keys, values = cast("tuple[Tensor, Tensor]", (layer.keys, layer.values))
+    aligned = []
+    for keys, values in layers_of(cache):
         take = source[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        aligned.update(keys[rows].gather(2, take), values[rows].gather(2, take), index)
-    return aligned, attention[rows].gather(1, source) & inside
+        aligned.append((keys[rows].gather(2, take), values[rows].gather(2, take)))
+    return cache_of(aligned), attention[rows].gather(1, source) & inside

@@ -15,7 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .prefix import Prefix, layers_of, positions
 
 
 class DifferentiableReward(nn.Module):
@@ -91,10 +99,26 @@ class DifferentiableReward(nn.Module):
         parts = [_embeddings(m)(ids) / s for m, s in zip(self._models, self._scales, strict=True)]
         return torch.cat([part.float() for part in parts], -1)
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Reward [R] of completions given as embeddings [R, T, D]; prompts [R, P], masks bool."""
-        scores = self._member_scores(prompt_ids, prompt_mask, embeds, mask)
-        return self.aggregate(scores)
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Reward [R] of completions given as embeddings [R, T, D]; prompts [R, P], masks bool.
+
+        `prefix`: these prompts as `read` returned them, so that they are not read again.
+        """
+        return self.aggregate(self._member_scores(prompt_ids, prompt_mask, embeds, mask, prefix))
+
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
+        """Prompts [B, P] as every member reads them, one row each; `Prefix.deal` gives them to more."""
+        attention, states = prompt_mask.long(), []
+        for member in self._models:
+            cache = DynamicCache()
+            _backbone(member)(
+                inputs_embeds=_embeddings(member)(prompt_ids), attention_mask=attention,
+                position_ids=positions(prompt_mask, prompt_mask.shape[1]), past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            states.append(layers_of(cache))
+        return Prefix(prompt_mask, states, None, torch.arange(len(prompt_ids), device=prompt_ids.device))
 
     def aggregate(self, scores: Tensor) -> Tensor:
         """`mean - kappa * std` over members of raw scores [members, ...] -> [...] (uncorrected std, Coste et al. 2023)."""
@@ -106,46 +130,54 @@ class DifferentiableReward(nn.Module):
         # The gradient of a std at zero is not defined; the floor is far below any score.
         return scores.mean(0) - self.kappa * (scores.var(0, correction=0) + 1e-12).sqrt()
 
-    def score_ids(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    @torch.no_grad()
+    def score_ids(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
         """Reward [R] of token ids [R, T]: the same path as for embeddings, so the same number."""
-        with torch.no_grad():
-            return self(prompt_ids, prompt_mask, self.embed(ids), mask)
+        return self(prompt_ids, prompt_mask, self.embed(ids), mask, prefix)
 
+    @torch.no_grad()
     def member_scores_ids(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Raw scores [members, R] of token ids [R, T]."""
-        with torch.no_grad():
-            return self._member_scores(prompt_ids, prompt_mask, self.embed(ids), mask)
+        return self._member_scores(prompt_ids, prompt_mask, self.embed(ids), mask)
 
-    def value_and_grad(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor, prefix: Prefix | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Reward [R] and its gradient [R, T, D] at embeddings, in float32.
 
         Raises:
             ValueError: the score of a member does not depend on its input embeddings.
         """
+        if prefix is None:
+            with torch.no_grad():
+                prefix = self.read(prompt_ids, prompt_mask)
         with torch.enable_grad():
             leaf = embeds.detach().float().requires_grad_()
-            values = self(prompt_ids, prompt_mask, leaf, mask)
+            values = self(prompt_ids, prompt_mask, leaf, mask, prefix)
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         return values.detach(), gradient
 
-    def _member_scores(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-        # Prompt and completion are joined and moved to the right: every row then ends in the last slot, which is where a
-        # sequence-classification head has to look, whatever the padding token is.
-        attention = torch.cat([prompt_mask, mask], 1)
-        order = attention.int().argsort(dim=1, stable=True)
-        attention = attention.gather(1, order)
-        positions = (attention.long().cumsum(1) - 1).clamp_min(0)
+    def _member_scores(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
+        """[members, R]. Without a prefix the prompts are read here, with gradients for weights that are being trained."""
+        prefix = self.read(prompt_ids, prompt_mask) if prefix is None else prefix
+        attention = prefix.attention(mask)
+        places = positions(attention, mask.shape[1])
+        # The head belongs on the last token, wherever the padding begins and whatever the padding token is.
+        rows, last = torch.arange(len(mask), device=mask.device), mask.int().cumsum(1).argmax(1)
         scores, start = [], 0
-        for member, scale, width in zip(self._models, self._scales, self._widths, strict=True):
-            part = embeds[..., start : start + width] * scale
+        for index, (member, scale, width) in enumerate(zip(self._models, self._scales, self._widths, strict=True)):
+            part = (embeds[..., start : start + width] * scale).to(_embeddings(member).weight.dtype)
             start += width
-            prompt = _embeddings(member)(prompt_ids)
-            joined = torch.cat([prompt, part.to(prompt.dtype)], 1)
-            joined = joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
-            backbone = getattr(member, member.base_model_prefix)
-            hidden = backbone(inputs_embeds=joined, attention_mask=attention.long(), position_ids=positions)[0]
+            hidden = _backbone(member)(
+                inputs_embeds=part, attention_mask=attention.long(), position_ids=places,
+                past_key_values=prefix.cache(index), use_cache=True,
+            )[0]  # fmt: skip
             head = cast(nn.Module, member.score)
-            score = head(hidden[:, -1]).float()
+            score = head(hidden[rows, last]).float()
             # Member by member: one without gradient would not show in that of the whole ensemble.
             if torch.is_grad_enabled() and embeds.requires_grad and not score.requires_grad:
                 raise ValueError(
@@ -196,6 +228,10 @@ def mix_embeddings(
 
 def _embeddings(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    return cast(nn.Module, getattr(model, model.base_model_prefix))
 
 
 def _load(

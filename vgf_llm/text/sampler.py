@@ -16,6 +16,7 @@ from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
 
 from . import decode
 from .decode import BaseDistribution, Decoded
+from .prefix import Prefix
 from .proxy import GradientAt, evaluation_points, token_advantages
 from .reward import DifferentiableReward
 
@@ -236,11 +237,14 @@ class VGFSampler:
         ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         shape = (len(prompts), n)
+        prefix, reward_prefix = decode.read_prompts(self.model, ids, mask), self.reward.read(ids, mask)
+        every = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        prefix, reward_prefix = prefix.deal(every), reward_prefix.deal(every)
         initial = decode.sample(
-            self.model, ids, mask, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
+            self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
         )
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        rewards = self._score(index_of, ids, mask, initial, scorer).view(shape)
+        rewards = self._score(index_of, ids, mask, initial, scorer, reward_prefix).view(shape)
         state, state_rewards = initial, rewards
         # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
         weight = self.likelihood_weight * rewards.std(1, correction=0)
@@ -252,12 +256,14 @@ class VGFSampler:
             best = state_rewards.argsort(dim=1, descending=True, stable=True)[:, :movers].sort(1).values
             rows = (best + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
             old, old_rewards = _rows(state, rows), state_rewards.flatten()[rows]
+            of_movers = reward_prefix.deal(rows)
             moved, trace = self._round(
-                ids[rows], mask[rows], old, decode.round_keys(keys[rows], index), budget, direction, (len(prompts), movers)
-            )
+                prefix.deal(rows), of_movers, ids[rows], mask[rows], old, decode.round_keys(keys[rows], index),
+                budget, direction, (len(prompts), movers),
+            )  # fmt: skip
             traces.append(trace)
             new_tokens[rows] += moved.new_tokens
-            moved_rewards = self._score(index_of[rows], ids[rows], mask[rows], moved, scorer)
+            moved_rewards = self._score(index_of[rows], ids[rows], mask[rows], moved, scorer, of_movers)
             changed = (moved.ids != old.ids).any(1)
             gain = moved_rewards - old_rewards
             price = weight[rows // n] * (old.logprobs - moved.logprobs)
@@ -285,6 +291,8 @@ class VGFSampler:
 
     def _round(
         self,
+        prefix: Prefix,
+        reward_prefix: Prefix,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         state: Decoded,
@@ -296,14 +304,14 @@ class VGFSampler:
         """Flow on the embeddings of the current completions, then one decode under the tilt they give."""
         length = int(state.mask.sum(1).max())
         ids, mask = state.ids[:, :length], state.mask[:, :length]
-        tables = decode.read(self.model, prompt_ids, prompt_mask, ids, mask, self.base)
+        tables = decode.read(self.model, prefix, ids, mask, self.base)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
         mixture = tables.log_mu.exp() @ table
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
             points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
-            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
+            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, reward_prefix)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)
@@ -315,9 +323,9 @@ class VGFSampler:
         candidates, coarse = decode.coarse(tables.log_mu, self.candidates)
         gain = advantage.gather(-1, candidates)
         scale = decode.solve_scale(coarse, torch.nn.functional.pad(gain, (0, 1)), moves, budget.kl_budget)
-        tilt = torch.zeros_like(advantage).scatter(-1, candidates, scale[:, None, None] * gain)
+        tilt = decode.Tilt(candidates, scale[:, None, None] * gain)
         moved = decode.redecode(
-            self.model, prompt_mask, state.ids, state.mask, tables, tilt, keys,
+            self.model, state.ids, state.mask, tables, tilt, keys,
             base=self.base, eos_ids=self.eos_ids, pad_id=self._pad, horizon=self.horizon,
         )  # fmt: skip
         return moved, flowed.trace
@@ -354,11 +362,19 @@ class VGFSampler:
             encoded.append(list(ids))
         return encoded
 
-    def _score(self, index: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, decoded: Decoded, scorer: Scorer | None) -> Tensor:
+    def _score(
+        self,
+        index: Tensor,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        decoded: Decoded,
+        scorer: Scorer | None,
+        prefix: Prefix,
+    ) -> Tensor:
         length = int(decoded.mask.sum(1).max())
         ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
         if scorer is None:
-            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask)
+            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask, prefix)
         else:
             rewards = scorer(index, prompt_ids, prompt_mask, ids, mask)
         if not rewards.isfinite().all():

@@ -95,7 +95,8 @@ def _advantages(
     sampler: VGFSampler, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log mu [R, T, V], first-order advantages [R, T, V], and where tokens may move [R, T]."""
-    log_mu = decode.read(sampler.model, prompt_ids, prompt_mask, ids, mask, sampler.base).log_mu
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
+    log_mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
     tokens, table = sampler.reward.embed(ids), sampler.reward.table
     moves = mask & ~torch.isin(ids, sampler.eos_ids)
     points = evaluation_points(tokens, tokens, log_mu.exp() @ table, moves, sampler.gradient_at, 0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import decode
+from .prefix import Prefix
 from .reward import DifferentiableReward
 
 
@@ -187,14 +189,22 @@ class RewardSum(DifferentiableReward):
     def embed(self, ids: Tensor) -> Tensor:
         return torch.cat([part.embed(ids) for part in self._rewards], -1)
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-        pieces = embeds.split([part.width for part in self._rewards], -1)
-        values = [
-            weight * part(prompt_ids, prompt_mask, piece, mask)
-            for part, weight, piece in zip(self._rewards, self.weights, pieces, strict=True)
-            if weight != 0
-        ]
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, embeds: Tensor, mask: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
+        prefix = self.read(prompt_ids, prompt_mask) if prefix is None else prefix
+        values, first, start = [], 0, 0
+        for part, weight in zip(self._rewards, self.weights, strict=True):
+            states = prefix.states[first : first + len(part.members)]
+            if weight != 0:
+                piece = embeds[..., start : start + part.width]
+                values.append(weight * part(prompt_ids, prompt_mask, piece, mask, replace(prefix, states=states)))
+            first, start = first + len(part.members), start + part.width
         return torch.stack(values).sum(0)
+
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
+        read = [part.read(prompt_ids, prompt_mask) for part in self._rewards]
+        return replace(read[0], states=[state for prefix in read for state in prefix.states])
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
