@@ -26,6 +26,7 @@ BLOCK = re.compile(
     r"(<!-- results: (?P<file>\S+) (?P<task>\S+) (?P<methods>[^>]+?) -->\n).*?(?P<end><!-- /results -->)", re.DOTALL
 )
 NAMES = {
+    "vgf_auto": "VGF, automatic budget",
     "vgf_random": "random direction",
     "vgf_flip": "flipped gradient",
     "vgf_shuffle": "shuffled positions",

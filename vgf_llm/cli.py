@@ -169,7 +169,11 @@ def _run_sample(args: argparse.Namespace) -> None:
 
     options = {
         "num_particles": args.num_particles,
-        "budget": TransportBudget(steps=args.steps, kl_budget=args.kl_budget, rounds=args.rounds),
+        "budget": (
+            TransportBudget(steps=args.steps, kl_budget=args.kl_budget, rounds=args.rounds)
+            if args.auto is None
+            else TransportBudget.auto(args.auto)
+        ),
         "max_completion_length": args.max_completion_length,
         "seed": args.seed,
     }
@@ -268,6 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, default=5, metavar="L", help="flow steps; 0 is best-of-N")
     run.add_argument("--kl-budget", type=float, default=2.0, metavar="NATS", help="what one decode may spend")
     run.add_argument("--rounds", type=int, default=1, metavar="R", help="how often flow and decode alternate")
+    run.add_argument(
+        "--auto",
+        type=float,
+        metavar="G",
+        help="completions per prompt in all, moves or fresh samples as they pay; then steps, nats and rounds are not asked",
+    )
     run.add_argument(
         "--horizon", type=int, default=0, metavar="T", help="tokens a tilt outlives the first change; -1: to the end"
     )

@@ -5,6 +5,7 @@ import itertools
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,40 @@ def test_a_tilt_favours_the_base_models_own_candidates_and_never_the_end_or_padd
         assert (values[(tilt.ids == EOS) | (tilt.ids == PAD)] == 0).all()
         assert (values[~mask[:, :width]] == 0).all() and (values[ids[:, :width] == EOS] == 0).all()
         assert (values != 0).any()
+
+
+AUTO = TransportBudget.auto(12)
+
+
+def test_a_budget_in_generations_is_spent_and_not_overspent():
+    for sampler in (SAMPLERS["llama"], ENSEMBLE, COUNT):
+        output = sampler.sample(PROMPTS, 6, AUTO, LENGTH, 3)
+        # The last turn may begin with one completion left and take two, each longer than the mean; idle turns count as well.
+        assert (output.generations >= 9).all() and (output.generations <= 15).all()
+        assert output.trace == []
+        assert (output.rewards >= output.initial.rewards.amax(1)).all()
+
+
+def test_a_budget_in_generations_without_moves_is_best_of_as_many(monkeypatch):
+    """Where the gradient leads nowhere, fresh samples are drawn: the particles that a larger N would have had."""
+    sampler = build(movers=2, flow_batch_size=100)
+    budget = replace(AUTO, generations=12.0)
+    output = sampler.sample(PROMPTS, 6, budget, LENGTH, 3, direction=lambda g, mask, keys: torch.zeros_like(g))
+    large = sampler.sample(PROMPTS, 12, TransportBudget(steps=0), LENGTH, 3).initial
+    for b in range(len(PROMPTS)):
+        # A turn that changed nothing counts a quarter, so that four or five samples were drawn behind the first six.
+        most = max(large.rewards[b, :10].max(), output.initial.rewards[b].max())
+        assert output.rewards[b] >= most - 1e-5
+        assert any(output.completion_ids[b] == ids for ids in large.completion_ids[b])
+        assert (output.transported.kl[b] == 0).all()
+
+
+def test_under_a_budget_in_generations_a_prompt_does_not_depend_on_its_batch_mates():
+    together = ENSEMBLE.sample(PROMPTS, 4, AUTO, LENGTH, 5)
+    for b, prompt in enumerate(PROMPTS):
+        alone = ENSEMBLE.sample([prompt], 4, AUTO, LENGTH, 5)
+        assert result_of(alone, 0) == result_of(together, b)
+        assert alone.generations[0].item() == pytest.approx(together.generations[b].item())
 
 
 def test_every_round_has_noise_of_its_own(monkeypatch):

@@ -287,7 +287,7 @@ def measure_task(
     ensemble = DifferentiableReward(list(members), tokenizer, calibration=calibration)
     single = DifferentiableReward(members[0], tokenizer, calibration=calibration[:1])
 
-    def sampler(reward: DifferentiableReward, movers: int) -> VGFSampler:
+    def sampler(reward: DifferentiableReward, movers: int | None) -> VGFSampler:
         return VGFSampler(model, reward, tokenizer, horizon=task.horizon, movers=movers, flow_batch_size=64 * plan.num_particles)
 
     rows: list[Row] = []
@@ -297,31 +297,30 @@ def measure_task(
         if reward is single:
             pool = rescored(pool, task, sampler(single, plan.movers), seeds)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
-        budgets = plan.kl_budgets if reward is ensemble else (plan.kl_budget,)
-        runs: list[tuple[str, float, bool, Direction | None]] = [("vgf", b, True, None) for b in budgets]
+        whole = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=plan.kl_budget, rounds=plan.rounds)
+        # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
+        of_nats = [replace(whole, kl_budget=b, steps=plan.steps if b else 0) for b in plan.kl_budgets]
+        runs: list[tuple[str, TransportBudget, bool, Direction | None]] = [("vgf", whole, True, None)]
         if reward is ensemble:
-            runs.append(("vgf", plan.kl_budget, False, None))
-            runs += [(name, plan.kl_budget, False, direction) for name, direction in CONTROLS.items()]
-            runs += [("vgf_random", plan.kl_budget, True, CONTROLS["vgf_random"])]
-        for method, kl_budget, verify, direction in runs:
-            log(f"{task.name}: {method} at {kl_budget:g} nats per decode{'' if verify else ', raw'}, {size} reward model(s)")
             # Raw rows move every particle once: moving the best alone, unverified, would throw away their selection and say
             # nothing about the direction.
-            rounds, movers = (plan.rounds, plan.movers) if verify else (1, plan.num_particles)
-            # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
-            steps = plan.steps if kl_budget else 0
-            budget = TransportBudget(steps=steps, step_size=plan.step_size, kl_budget=kl_budget, rounds=rounds)
+            raw = replace(whole, rounds=1)
+            runs = [("vgf", budget, True, None) for budget in of_nats]
+            runs += [("vgf_auto", TransportBudget.auto(2 * plan.num_particles), True, None), ("vgf", raw, False, None)]
+            runs += [(name, raw, False, direction) for name, direction in CONTROLS.items()]
+            runs += [("vgf_random", whole, True, CONTROLS["vgf_random"])]
+        for method, budget, verify, direction in runs:
+            log(f"{task.name}: {method}, {budget.kl_budget:g} nats per decode{'' if verify else ', raw'}, {size} reward model(s)")
+            auto = budget.generations is not None
+            movers = None if auto or not verify else plan.movers
             measured = measure_vgf(
-                task,
-                sampler(reward, movers),
-                judge_model,
-                seeds,
-                plan.num_particles,
-                budget,
-                verify=verify,
-                direction=direction,
+                task, sampler(reward, movers), judge_model, seeds, plan.num_particles, budget, verify=verify, direction=direction
             )
-            candidates = plan.num_particles + (rounds * movers if verify and steps else 0)
+            candidates = plan.num_particles
+            if auto:
+                candidates = math.ceil(float(np.max(measured.generations)))
+            elif verify and budget.steps:
+                candidates += budget.rounds * plan.movers
             rows.append(
                 row(
                     task,
@@ -329,9 +328,9 @@ def measure_task(
                     measured,
                     plan.num_particles,
                     candidates,
-                    steps=steps,
-                    rounds=rounds,
-                    kl_budget=kl_budget,
+                    steps=budget.steps,
+                    rounds=None if auto else budget.rounds,
+                    kl_budget=budget.kl_budget,
                     verified=verify,
                     members=size,
                     seeds=len(seeds),

@@ -29,6 +29,7 @@ _SETTINGS = ((VERMILION, "o"), (GREEN, "s"), (PURPLE, "D"), (ORANGE, "^"), (SKY,
 _STUDENTS = {
     "student_best_of_n": ("student of best-of-n", BLUE, "*"),
     "student_vgf": ("student of VGF", VERMILION, "P"),
+    "vgf_auto": ("VGF, automatic budget", ORANGE, "X"),
 }
 _CONTROLS = {"vgf_random": "x", "vgf_flip": "v", "vgf_shuffle": "D"}
 _STYLE: Any = {

@@ -1,6 +1,6 @@
 """Reports: rows of results as tables for people and as strict JSON for programs.
 
-A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_random, vgf_flip, vgf_shuffle, student_best_of_n,
+A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_auto, vgf_random, vgf_flip, vgf_shuffle, student_best_of_n,
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
@@ -31,6 +31,7 @@ METHOD_NAMES = {
     "base": "base",
     "best_of_n": "best-of-n",
     "vgf": "VGF",
+    "vgf_auto": "VGF auto",
     "vgf_random": "VGF random",
     "vgf_flip": "VGF flipped",
     "vgf_shuffle": "VGF shuffled",

@@ -38,6 +38,9 @@ class TransportBudget:
         kl_budget: nats per completion that one decode may spend. Read only where particles are decoded through a base
             distribution (language), where the scale of a tilt is solved from it; 0 moves nothing anywhere. Default 2.0.
         rounds: how many times flow and decode follow each other. Read only in language. Default 1.
+        generations: completions per prompt that may be decoded in all, the first N included; each prompt then divides what is
+            left between moves and fresh samples by what either has earned, for at most `rounds` turns. Read only in
+            language. Default None: every round moves.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -52,15 +55,25 @@ class TransportBudget:
     bandwidth: float | None = None
     kl_budget: float = 2.0
     rounds: int = 1
+    generations: float | None = None
+
+    @classmethod
+    def auto(cls, generations: float = 16.0) -> "TransportBudget":
+        """The budget for text that needs no tuning: so many completions per prompt, spent where they pay.
+
+        Gold is nearly flat in the nats of a decode between 2 and 16, and in the number of steps (docs/method.md), so that these
+        are fixed; what differs between rewards and between prompts is whether moves pay at all, and that is found out on the way.
+        """
+        return cls(steps=3, step_size=0.5, kl_budget=4.0, rounds=64, generations=generations)
 
     def __post_init__(self) -> None:
         for name, lowest in (("steps", 0), ("rounds", 1)):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {count!r}")
-        for name in ("step_size", "temperature", "max_displacement", "bandwidth", "kl_budget"):
+        for name in ("step_size", "temperature", "max_displacement", "bandwidth", "kl_budget", "generations"):
             number = getattr(self, name)
-            if number is None and name in ("max_displacement", "bandwidth"):
+            if number is None and name in ("max_displacement", "bandwidth", "generations"):
                 continue
             if number is None or not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {number!r}; leave it at its default if it should not bind")
@@ -68,7 +81,7 @@ class TransportBudget:
             raise ValueError(f"step_size must be positive, got {self.step_size!r}; use steps=0 to move nothing")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature!r}; use 0 for no repulsion")
-        for name in ("max_displacement", "bandwidth"):
+        for name in ("max_displacement", "bandwidth", "generations"):
             number = getattr(self, name)
             if number is not None and number <= 0:
                 raise ValueError(f"{name} must be positive or None, got {number!r}")

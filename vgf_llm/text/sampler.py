@@ -18,10 +18,13 @@ from . import decode
 from .decode import BaseDistribution, Decoded
 from .prefix import Prefix
 from .proxy import GradientAt, evaluation_points, token_advantages
+from .race import Race
 from .reward import DifferentiableReward
 
 
 Prompt = str | list[dict[str, str]]
+# Particles that a turn moves or draws under a budget in generations, where `movers` leaves it open.
+PER_TURN = 2
 # Replaces the gradient [R, T, D] of a flow step, given mask [R, T] and noise keys [R]: what a control experiment needs.
 Direction = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Replaces the reward [R] of verification and selection, given for R rows the index of the prompt in the call [R], its ids and
@@ -61,7 +64,8 @@ class VGFOutput:
         initial: the particles as they were drawn.
         transported: the particles after all rounds (an unmoved particle is its own result).
         selected: [B] index of the selected completion among the N transported ones, or N + index among the initial ones.
-        trace: one flow trace per round, [L, B, N] per field.
+        trace: one flow trace per round, [L, B, N] per field; none under a budget in generations, where every prompt moves in
+            rounds of its own.
         generations: [B] base-model completions decoded per prompt: tokens decoded one by one, as multiples of the mean length
             of the prompt's initial particles.
     """
@@ -76,12 +80,35 @@ class VGFOutput:
     generations: Tensor
 
 
+@dataclass
+class _Chunk:
+    """What is at hand while B prompts are worked on together, on R = B * n rows."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    n: int
+    length: int  # max_completion_length
+    scorer: Scorer | None
+    prompt_ids: Tensor  # [R, P]
+    prompt_mask: Tensor  # [R, P]
+    keys: Tensor  # [R]
+    index: Tensor  # [R] of the prompt in the call
+    prefix: Prefix  # R rows, of the base model
+    reward_prefix: Prefix  # R rows
+    state: Decoded  # the particles as they stand
+    rewards: Tensor  # [B, n] of them
+    weight: Tensor  # [B] what a nat of likelihood is worth
+    generations: Tensor  # [B] completions decoded so far
+    mean_length: Tensor  # [B] of the initial particles
+
+
 class VGFSampler:
     """Samples completions of a base model and transports them along the gradient of a reward.
 
     Per prompt: draw N particles; `budget.rounds` times: L flow steps on their embeddings, one decode under the resulting tilt
     with the noise that made them (`decode.redecode`), rewards of the emitted tokens, and a particle moves only if its reward
-    rises, at a fair price in likelihood. Then the best of transported and initial particles is selected: never worse than
+    rises, at a fair price in likelihood. Under `budget.generations` prompts take turns of their own, moves or fresh samples
+    (`race.Race`). Then the best of transported and initial particles is selected: never worse than
     best-of-N under the reward, and best-of-N itself at budget zero.
 
     A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
@@ -232,52 +259,33 @@ class VGFSampler:
         start: int,
     ) -> VGFOutput:
         """One chunk of B prompts, on R = B * N rows. `start`: index of its first prompt in the call."""
-        device = self.model.device
-        index_of = torch.arange(start, start + len(prompts), device=device).repeat_interleave(n)
-        ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
-        keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
-        shape = (len(prompts), n)
-        prefix, reward_prefix = decode.read_prompts(self.model, ids, mask), self.reward.read(ids, mask)
-        every = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        prefix, reward_prefix = prefix.deal(every), reward_prefix.deal(every)
-        initial = decode.sample(
-            self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
-        )
-        ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        rewards = self._score(index_of, ids, mask, initial, scorer, reward_prefix).view(shape)
-        state, state_rewards = initial, rewards
-        # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
-        weight = self.likelihood_weight * rewards.std(1, correction=0)
+        chunk = self._draw_chunk(prompts, n, length, seeds, scorer, start)
+        initial, rewards = chunk.state, chunk.rewards
         traces: list[Trace] = []
-        new_tokens = initial.new_tokens.clone()
+        rounds = 0 if budget.is_zero else budget.rounds
         movers = n if self.movers is None else min(self.movers, n)
-        for index in range(0 if budget.is_zero else budget.rounds):
-            # The best particles by reward; in the order of their index, so that moving all is moving each in its place.
-            best = state_rewards.argsort(dim=1, descending=True, stable=True)[:, :movers].sort(1).values
-            rows = (best + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
-            old, old_rewards = _rows(state, rows), state_rewards.flatten()[rows]
-            of_movers = reward_prefix.deal(rows)
-            moved, trace = self._round(
-                prefix.deal(rows), of_movers, ids[rows], mask[rows], old, decode.round_keys(keys[rows], index),
-                budget, direction, (len(prompts), movers),
-            )  # fmt: skip
-            traces.append(trace)
-            new_tokens[rows] += moved.new_tokens
-            moved_rewards = self._score(index_of[rows], ids[rows], mask[rows], moved, scorer, of_movers)
-            changed = (moved.ids != old.ids).any(1)
-            gain = moved_rewards - old_rewards
-            price = weight[rows // n] * (old.logprobs - moved.logprobs)
-            take = changed & (gain > price) if verify else changed
-            merged = _merge(old, moved, take)
-            state = Decoded(*(_put(getattr(state, f.name), rows, getattr(merged, f.name)) for f in fields(Decoded)))
-            state_rewards = _put(state_rewards.flatten(), rows, torch.where(take, moved_rewards, old_rewards)).view(shape)
+        if budget.generations is None:
+            everyone = torch.arange(len(prompts), device=rewards.device)
+            for index in range(rounds):
+                traces.append(self._move(chunk, everyone, movers, index, budget, verify, direction)[0])
+        else:
+            race = Race(rewards, budget.generations, min(self.movers or PER_TURN, n))
+            for index in range(rounds):
+                moving, drawing = race.turns()
+                if not len(moving) + len(drawing):
+                    break
+                if len(moving):
+                    _, found, spent = self._move(chunk, moving, race.turn, index, budget, verify, direction)
+                    race.moved(moving, found, spent)
+                if len(drawing):
+                    race.drew(drawing, *self._draw(chunk, drawing, race.turn, race.draws[drawing].tolist()))
+        state, state_rewards = chunk.state, chunk.rewards
         # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
         pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
         first, last = self._particles(initial, rewards), self._particles(state, state_rewards)
         selected = best_of_n(pool)
         texts = [(t + i)[k] for t, i, k in zip(last.completions, first.completions, selected.tolist(), strict=True)]
         tokens = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
-        drawn = initial.mask.sum(1).view(shape).float().mean(1)
         return VGFOutput(
             completions=texts,
             completion_ids=tokens,
@@ -286,32 +294,110 @@ class VGFSampler:
             transported=last,
             selected=selected,
             trace=traces,
-            generations=new_tokens.view(shape).sum(1) / drawn,
+            generations=chunk.generations,
         )
+
+    def _draw_chunk(
+        self, prompts: list[list[int]], n: int, length: int, seeds: list[int], scorer: Scorer | None, start: int
+    ) -> _Chunk:
+        """Read the prompts and draw their particles."""
+        device = self.model.device
+        ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
+        every = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        prefix, reward_prefix = decode.read_prompts(self.model, ids, mask).deal(every), self.reward.read(ids, mask).deal(every)
+        keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
+        drawn = decode.sample(
+            self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
+        )
+        chunk = _Chunk(
+            prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, drawn,
+            torch.empty(0), torch.empty(0), torch.full((len(prompts),), float(n), device=device),
+            drawn.mask.sum(1).view(-1, n).float().mean(1),
+        )  # fmt: skip
+        chunk.rewards = self._score(chunk, torch.arange(len(every), device=device), drawn).view(-1, n)
+        # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
+        chunk.weight = self.likelihood_weight * chunk.rewards.std(1, correction=0)
+        return chunk
+
+    def _move(
+        self,
+        chunk: _Chunk,
+        who: Tensor,
+        movers: int,
+        index: int,
+        budget: TransportBudget,
+        verify: bool,
+        direction: Direction | None,
+    ) -> tuple[Trace, Tensor, Tensor]:
+        """Move the best particles of the prompts `who` [B']. Returns also the rewards they moved to [B', movers], taken or not,
+        nan where nothing changed, and what it cost [B'] in completions."""
+        n, rewards = chunk.n, chunk.rewards.flatten()
+        # The best by reward, in the order of their index, so that moving all is moving each in its place.
+        best = chunk.rewards[who].argsort(dim=1, descending=True, stable=True)[:, :movers].sort(1).values
+        rows = (best + n * who[:, None]).flatten()
+        old, old_rewards = _rows(chunk.state, rows), rewards[rows]
+        keys = decode.round_keys(chunk.keys[rows], index)
+        moved, trace = self._round(chunk, rows, old, keys, budget, direction, (len(who), movers))
+        moved_rewards = self._score(chunk, rows, moved)
+        changed = (moved.ids != old.ids).any(1)
+        gain = moved_rewards - old_rewards
+        price = chunk.weight[rows // n] * (old.logprobs - moved.logprobs)
+        take = changed & (gain > price) if verify else changed
+        chunk.state = _put_rows(chunk.state, rows, _merge(old, moved, take))
+        chunk.rewards = rewards.index_copy(0, rows, torch.where(take, moved_rewards, old_rewards)).view(-1, n)
+        spent = moved.new_tokens.view(-1, movers).sum(1) / chunk.mean_length[who]
+        chunk.generations[who] += spent
+        return trace, torch.where(changed, moved_rewards, torch.nan).view(-1, movers), spent
+
+    def _draw(self, chunk: _Chunk, who: Tensor, count: int, drawn_before: list[int]) -> tuple[Tensor, Tensor]:
+        """Draw `count` more samples for the prompts `who` [B']. Returns their rewards [B', count] and what they cost [B'].
+
+        They are the particles that a larger N would have begun with.
+        """
+        n = chunk.n
+        rows = who.repeat_interleave(count) * n
+        keys = [
+            decode.row_keys(chunk.seeds[b], [chunk.prompts[b]], count, n + before)
+            for b, before in zip(who.tolist(), drawn_before, strict=True)
+        ]
+        drawn = decode.sample(
+            self.model, chunk.prefix.deal(rows), torch.cat(keys).to(rows.device), base=self.base,
+            max_new_tokens=chunk.length, eos_ids=self.eos_ids, pad_id=self._pad,
+        )  # fmt: skip
+        rewards = self._score(chunk, rows, drawn).view(-1, count)
+        # One after the other: a sample takes the place of the worst particle, if it is better.
+        for column in range(count):
+            place = who * n + chunk.rewards[who].argmin(1)
+            new = rewards[:, column]
+            better = (new > chunk.rewards.flatten()[place]).nonzero()[:, 0]
+            chunk.state = _put_rows(chunk.state, place[better], _rows(drawn, better * count + column))
+            chunk.rewards = chunk.rewards.flatten().index_copy(0, place[better], new[better]).view(-1, n)
+        spent = drawn.new_tokens.view(-1, count).sum(1) / chunk.mean_length[who]
+        chunk.generations[who] += spent
+        return rewards, spent
 
     def _round(
         self,
-        prefix: Prefix,
-        reward_prefix: Prefix,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
+        chunk: _Chunk,
+        rows: Tensor,
         state: Decoded,
         keys: Tensor,
         budget: TransportBudget,
         direction: Direction | None,
         shape: tuple[int, int],
     ) -> tuple[Decoded, Trace]:
-        """Flow on the embeddings of the current completions, then one decode under the tilt they give."""
+        """Flow on the embeddings of completions of the given rows, then one decode under the tilt they give."""
         length = int(state.mask.sum(1).max())
         ids, mask = state.ids[:, :length], state.mask[:, :length]
-        tables = decode.read(self.model, prefix, ids, mask, self.base)
+        tables = decode.read(self.model, chunk.prefix.deal(rows), ids, mask, self.base)
+        prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], chunk.reward_prefix.deal(rows)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
         mixture = tables.log_mu.exp() @ table
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
             points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
-            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, reward_prefix)
+            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)
@@ -362,21 +448,15 @@ class VGFSampler:
             encoded.append(list(ids))
         return encoded
 
-    def _score(
-        self,
-        index: Tensor,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        decoded: Decoded,
-        scorer: Scorer | None,
-        prefix: Prefix,
-    ) -> Tensor:
+    def _score(self, chunk: _Chunk, rows: Tensor, decoded: Decoded) -> Tensor:
+        """Rewards of completions, one for each of the given rows."""
         length = int(decoded.mask.sum(1).max())
         ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
-        if scorer is None:
-            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask, prefix)
+        prompt_ids, prompt_mask = chunk.prompt_ids[rows], chunk.prompt_mask[rows]
+        if chunk.scorer is None:
+            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask, chunk.reward_prefix.deal(rows))
         else:
-            rewards = scorer(index, prompt_ids, prompt_mask, ids, mask)
+            rewards = chunk.scorer(chunk.index[rows], prompt_ids, prompt_mask, ids, mask)
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
             text = self._text(decoded.ids[row], decoded.mask[row])
@@ -435,8 +515,8 @@ def _rows(decoded: Decoded, rows: Tensor) -> Decoded:
     return Decoded(*(getattr(decoded, f.name)[rows] for f in fields(Decoded)))
 
 
-def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
-    return whole.index_copy(0, rows, part)
+def _put_rows(whole: Decoded, rows: Tensor, part: Decoded) -> Decoded:
+    return Decoded(*(getattr(whole, f.name).index_copy(0, rows, getattr(part, f.name)) for f in fields(Decoded)))
 
 
 def _merge(old: Decoded, new: Decoded, take: Tensor) -> Decoded:
