@@ -256,10 +256,10 @@ class Plan:
     num_particles: int = 8
     steps: int = 3
     step_size: float = 0.5
-    rounds: int = 7
+    rounds: int = 6
     movers: int = 2
     kl_budgets: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-    kl_budget: float = 2.0  # of the controls and of the comparison of one member with several
+    kl_budget: float = 4.0  # of the controls and of the comparison of one member with several
 
 
 def measure_task(
