@@ -23,7 +23,7 @@ Methods: VGFTrainer with each target, particles of the reference and of the poli
 with flow_steps=0); RLOO and GRPO; DPO on the best and the worst of 8 samples of the base model, drawn within its time.
 
 Every run is a file under `--runs` and is not repeated: a cut benchmark goes on where it was. Delete the folder after a change
-of what is measured. Writes benchmarks/results/trainer_vs_trl.json and docs/img/trainer_vs_trl.png.
+of what is measured. Writes benchmarks/results/trainer_vs_trl.json, its table beside it, and docs/img/trainer_vs_trl.png.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 
 from vgf_llm.data import reviews
 from vgf_llm.evaluation.metrics import judge_nll
-from vgf_llm.evaluation.report import write_report
+from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler
@@ -441,7 +441,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/trainer.md."""
+    """One line per method, what docs/trainer.md is about."""
 
     def cell(value: dict[str, Any], seeds: int, digits: int = 2) -> str:
         if value["mean"] is None:
@@ -584,6 +584,7 @@ def main() -> None:
             },
         },
     )  # fmt: skip
+    write_atomically(args.output.with_suffix(".md"), markdown(rows).encode())
     plot(runs, args.figure)
     console.print(markdown(rows), markup=False)
     console.print_json(json.dumps(goals(rows)))
