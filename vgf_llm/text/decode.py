@@ -191,7 +191,8 @@ def read(
 ) -> Tables:
     """log mu at every position of completions [R, T] of prompts [R, P], in one forward."""
     attention = torch.cat([prompt_mask, mask], 1)
-    cache = DynamicCache(config=model.config)
+    # Not by the config: layers with a sliding window would keep its last slots alone, and decoding resumes anywhere.
+    cache = DynamicCache()
     logits = _forward(model, torch.cat([prompt_ids, ids], 1), attention, cache, keep=ids.shape[1] + 1)
     return Tables(base.log_probs(logits[:, :-1]), cache, attention)
 
