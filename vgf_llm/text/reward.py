@@ -201,7 +201,7 @@ def _embeddings(model: PreTrainedModel) -> nn.Embedding:
 def _table(embeddings: nn.Embedding) -> Tensor:
     """What the model sees of every token [V, D]: some families scale their weights in the forward. Hooks are passed by."""
     tokens = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
-    return cast(Tensor, embeddings.forward(tokens))
+    return embeddings.forward(tokens)
 
 
 def _load(
