@@ -355,6 +355,12 @@ class VGFSampler:
         return encoded
 
     def _score(self, index: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, decoded: Decoded, scorer: Scorer | None) -> Tensor:
+        if decoded.logprobs.isnan().any():
+            row = int(decoded.logprobs.isnan().nonzero()[0])
+            raise ValueError(
+                f"the base model's logits are not finite: check its weights and dtype; the completion was "
+                f"{self._text(decoded.ids[row], decoded.mask[row])!r}"
+            )
         length = int(decoded.mask.sum(1).max())
         ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
         if scorer is None:
