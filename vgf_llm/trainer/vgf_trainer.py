@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -69,6 +70,7 @@ from .vgf_config import VGFConfig
 
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 # Particles on which the first phase after a log measures the fidelity of its gradient.
@@ -222,6 +224,8 @@ class VGFTrainer(Trainer):
             "eval": defaultdict(list),
         }
         self._unlogged: tuple[float, int] | None = None  # loss since the last log, and its step, from a checkpoint
+        self._skipped = 0  # optimizer steps in a row
+        self._not_finite = ""  # where the loss of this optimizer step was not
         self._step_time = 0.0
         self._eval_batch = 0
         self._printed: deque[tuple[str, str, float]] = deque(maxlen=args.num_completions_to_print)
@@ -761,7 +765,11 @@ class VGFTrainer(Trainer):
             raise ValueError("VGFTrainer does not return outputs: its inputs are particles and not those of the caller")
         log_pi = self._log_pi(model, inputs)
         logprobs = self._logprobs(log_pi, inputs)
-        loss = self._losses(log_pi, logprobs, inputs).sum() / inputs["num_items"]
+        losses = self._losses(log_pi, logprobs, inputs)
+        loss = losses.sum() / inputs["num_items"]
+        if not loss.isfinite():
+            self._not_finite = self._where(losses, inputs)
+            logger.warning(self._not_finite)
         metrics = self._metrics["train"]
         for name, values in (inputs["metrics"] | self._fit_metrics(logprobs, inputs)).items():
             metrics[name].extend(values.tolist())
@@ -769,6 +777,47 @@ class VGFTrainer(Trainer):
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         self._printed.extend(inputs.get("samples", ()))
         return loss
+
+    def _where(self, losses: Tensor, batch: dict[str, Any]) -> str:
+        """Which completion has a loss that is not finite."""
+        place = f"step {self.state.global_step}, process {self.args.process_index}: the loss"
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        if not bad:
+            return f"{place} overflows in the sum over completions"
+        row = bad[0] * (len(batch["completion_ids"]) // len(losses))
+        texts = [
+            self.processing_class.decode(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()])
+            for part in ("prompt", "completion")
+        ]
+        return f"{place} of a completion is {losses[bad[0]].item()}: prompt {texts[0]!r}, completion {texts[1]!r}"
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in Trainer. A gradient that is not finite is dropped, on all processes: one step along it, and every weight is lost.
+
+        Raises:
+            FloatingPointError: more than `max_skipped_steps` in a row, or DeepSpeed, which has stepped already.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is not None:  # of fp16, which expects overflows and skips them itself
+            return norm
+        bad = torch.tensor(float(norm is not None and not math.isfinite(norm)), device=self.args.device)
+        bad = self.accelerator.reduce(bad, reduction="sum")
+        self._metrics["train"]["frac_skipped_steps"].append(float(bad > 0))
+        where, self._not_finite = self._not_finite or "the loss on this process is finite", ""
+        if not bad:
+            self._skipped = 0
+            return norm
+        self._skipped += 1
+        if self.is_deepspeed_enabled or self._skipped > self.args.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self._skipped} optimizer step(s) in a row, up to step {self.state.global_step}, had a gradient that is not "
+                f"finite (norm {float(norm)}); {where}. Look at that completion, lower learning_rate, or load the model in "
+                "float32; checkpoints up to here are not touched by it"
+            )
+        logger.warning("step %d skipped: its gradient has norm %s; %s", self.state.global_step, float(norm), where)
+        for parameter in model.parameters():
+            parameter.grad = None  # AdamW passes these by: no decay, no moments
+        return norm
 
     def _fit_metrics(self, logprobs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         k = self.args.rows_per_prompt
