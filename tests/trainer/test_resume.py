@@ -187,3 +187,14 @@ def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(tmp_path):
     runs.make_trainer(tmp_path, "sft", max_steps=1, save_strategy="no").train(resume_from_checkpoint="auto")
     records = [json.loads(line) for line in completions(folder).splitlines()]
     assert records[0] == {"step": 0} and all("place" in record for record in records[1:]) and len(records) > 1
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_at_its_end(tmp_path):
+    settings = {"max_steps": 3, "save_steps": 1, "lr_scheduler_type": "constant"}
+    whole = runs.make_trainer(tmp_path, "sft", **settings)
+    whole.train()
+    drawn = completions(tmp_path / "sft")
+    again = runs.make_trainer(tmp_path, "sft", **settings)
+    again.train(resume_from_checkpoint="auto")
+    assert again.state.global_step == 3 and completions(tmp_path / "sft") == drawn
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in whole.model.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -54,6 +55,15 @@ class SaveOnSigterm(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, naming it, where no file can be made: known before models are loaded, not at the first checkpoint."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"output_dir {folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir {folder} cannot be written: {existing} is read-only for this user; choose another")
 
 
 def write_manifest(folder: Path) -> None:

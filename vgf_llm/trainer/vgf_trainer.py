@@ -58,7 +58,9 @@ from .checkpoints import (
     SETTINGS_FILE,
     SaveOnSigterm,
     check_whole,
+    check_writable,
     delete_old_checkpoints,
+    last_whole_checkpoint,
     whole_checkpoints,
     write_manifest,
 )
@@ -112,6 +114,7 @@ class VGFTrainer(Trainer):
         TypeError: a reward that is no model and no function, or a dataset that is none.
         ValueError: arguments that contradict each other, a dataset without prompts or smaller than one generation
             phase, or several GPUs in one process.
+        OSError: nothing can be written to `output_dir`.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step, so Trainer must not divide by the number of its
@@ -141,6 +144,8 @@ class VGFTrainer(Trainer):
         path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
             args = VGFConfig(f"{path.rstrip('/').split('/')[-1] or type(model).__name__}-VGF")
+        if args.should_save:
+            check_writable(Path(args.output_dir or "."))
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with a column 'prompt'")
         _check_dataset(train_dataset, "train_dataset")
@@ -341,6 +346,12 @@ class VGFTrainer(Trainer):
         return result  # type: ignore[return-value]
 
     # ---- Particles: from prompts to micro-batches -------------------------------------------------------------------
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint: Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Called once per optimizer step. The place follows from the global step, so it survives a resume."""
@@ -975,18 +986,24 @@ class VGFTrainer(Trainer):
         """Beside what Trainer saves: settings, the particles of an unfinished phase, what the next log will sum up, the value
         model; and, when all processes are done, the manifest that makes it a whole checkpoint."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        self._everywhere(self._save_own, folder)
         # Old checkpoints may go when this one is whole, and not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
+            self._everywhere(self._save_own, folder)
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(folder)
+        except Exception as error:  # torch, safetensors and DeepSpeed each have errors of their own for a disk that is full
+            raise OSError(
+                f"checkpoint {folder} could not be written ({type(error).__name__}: {error}). Make room, or set "
+                f"save_total_limit; then go on from the last whole one, {last_whole_checkpoint(self._folder)}, with "
+                "resume_from_checkpoint='auto'"
+            ) from error
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(folder)
-            if limit is not None and limit > 0:
-                delete_old_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        if self.args.should_save and limit is not None and limit > 0:
+            delete_old_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save_own(self, folder: Path) -> None:
