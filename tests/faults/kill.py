@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if any(CASES[name][2] for name in args.cases):
         import deepspeed  # noqa: F401  # once, before the forks: a run that imports it lasts three times as long
-    started, rng = time.monotonic(), random.Random(args.seed)
+    started, rng, code = time.monotonic(), random.Random(args.seed), commit()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for index, name in enumerate(args.cases):
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "vgf_llm": __version__, "commit": commit(),
+            "vgf_llm": __version__, "commit": code,
         },
     }  # fmt: skip
     text = json.dumps(report, indent=1) + "\n"
