@@ -76,7 +76,7 @@ def child(folder: Path, name: str, rank: int, port: int) -> None:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            changes["ddp_timeout"] = 45
+            changes["ddp_timeout"] = 15  # of the rendezvous too, where torch tries a second time
         if (
             zero2
         ):  # as accelerate sets it from accelerate_configs/zero2.yaml, and as tests/distributed/on_cpu.py makes a CPU of it
@@ -161,7 +161,7 @@ def strike(run: Run, folder: Path, rng: random.Random, typical: float, saving: b
             time.sleep(0.0005)
         time.sleep(step)
     else:
-        until = run.started + rng.uniform(0, typical)
+        until = run.started + rng.uniform(0, 1.3 * typical)
         while time.monotonic() < until:
             if run.ended():
                 return False
