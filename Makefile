@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-rlhf docs test test-distributed lint clean
+.PHONY: venv demo demo-rlhf docs test test-properties test-faults test-distributed lint clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,14 @@ docs: $(STAMP)
 # A process per core, each with one thread: several threads on models this small spend their time waiting for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --ignore tests/distributed --numprocesses logical --dist loadfile
+
+# 1,000 random cases of every formula against its slow reference; `make test` tries a few of them.
+test-properties: $(STAMP)
+	OMP_NUM_THREADS=1 PROPERTY_CASES=1000 $(VENV)/bin/pytest tests/properties --timeout 3600 --durations 15
+
+# A hundred kills at random moments, one and two processes; writes what it found.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m tests.faults.kill --kills 100 --output benchmarks/results/faults.json
 
 # Two real processes of every engine, on the CPU.
 test-distributed: $(STAMP)

@@ -135,3 +135,16 @@ def test_the_recipe_runs_in_one_process(folder):
     (out / "saved").symlink_to(folder / "saved")
     launch(folder, "single_gpu", HERE / "scenarios.py", out, "recipe")
     assert (out / "policy" / "model.safetensors").exists()
+
+
+def test_a_process_that_dies_ends_the_other_and_the_run_can_be_resumed(tmp_path):
+    """The short version of `python -m tests.faults.kill` with two processes."""
+    command = [sys.executable, "-m", "tests.faults.kill", "--kills", "3", "--cases", "value_ddp", "--seed", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    output = tmp_path / "faults.json"
+    result = subprocess.run(
+        [*command, "--output", output], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["kills"] == 3 and report["different_or_failed"] == 0 and report["cases"]["value_ddp"]["one_of_two"] > 0

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.decoding import everywhere, hindsight_of, prompts_of
 from vgf_llm.text import decode
 from vgf_llm.text.decode import BaseDistribution
 
@@ -211,20 +212,6 @@ def noise_at(key, stream, position, vocab):
     return decode.gumbel(torch.tensor([key]), stream, torch.tensor([position]), vocab)[0]
 
 
-def hindsight_of(log_mu, ids, keys):
-    """Noise [R, T, V] of all tokens, given that completions [R, T] were said."""
-    rows, length, vocab = log_mu.shape
-    places = torch.arange(length).expand(rows, length)
-    said = torch.arange(vocab) == ids[..., None]
-    top = decode.gumbel(keys, decode.HINDSIGHT_TOP, places, 1)
-    return decode.hindsight(log_mu, said, top, decode.exponential(keys, decode.HINDSIGHT_REST, places, vocab))
-
-
-def everywhere(values):
-    """The tilt that adds values [R, T, V]."""
-    return decode.Tilt(torch.arange(values.shape[-1]).expand(values.shape), values)
-
-
 def slow_sample(model, prompt, key, base, length, eos):
     tokens, logprob = [], 0.0
     while len(tokens) < length and (not tokens or tokens[-1] not in eos):
@@ -282,12 +269,6 @@ ENDINGS = [(0, [0]), (1, [0]), (1, [0, 4]), (0, [0, 4])]
 def draw(model, prompts, keys, base, eos, pad, extra=0, length=LENGTH):
     prefix = prompts_of(model, prompts, len(keys) // len(prompts), pad, extra)
     return decode.sample(model, prefix, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
-
-
-def prompts_of(model, prompts, n, pad, extra=0):
-    """The prompts, for n particles each."""
-    prefix = decode.read_prompts(model, *tiny.pad_left(prompts, pad, extra))
-    return prefix.deal(torch.arange(len(prompts)).repeat_interleave(n))
 
 
 def redecode(model, prompts, n, decoded, tilt_fn, keys, base, eos, pad, extra=0, horizon=None, lookahead=4):

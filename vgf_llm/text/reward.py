@@ -67,7 +67,7 @@ class DifferentiableReward(nn.Module):
         self.members = nn.ModuleList(_load(model, processing_class, model_init_kwargs or {}) for model in models)
         scales, widths = [], []
         for member in self._models:
-            table = _embeddings(member).weight.detach().float()[: len(processing_class)]
+            table = _table(_embeddings(member)).detach().float()[: len(processing_class)]
             # E|a - b|^2 = 2 * total variance, for two tokens drawn at random.
             scales.append(float((2 * table.var(0, correction=0).sum()).sqrt()))
             widths.append(table.shape[1])
@@ -217,7 +217,7 @@ def mix_embeddings(
             probs = base(input_ids=ids).logits[:, :-1].softmax(-1)
             share = torch.rand(len(ids), 1, device=ids.device) * (torch.rand(ids.shape, device=ids.device) < 0.5)
             share = (share * positions(ids))[:, 1:, None]
-        table = cast(nn.Embedding, module).weight
+        table = _table(cast(nn.Embedding, module))
         mean = probs.to(table.dtype) @ table[: probs.shape[-1]]
         moved = embeds[:, 1:] + share.to(embeds.dtype) * (mean - embeds[:, 1:])
         return torch.cat([embeds[:, :1], moved], 1)
@@ -232,6 +232,12 @@ def _embeddings(model: PreTrainedModel) -> nn.Embedding:
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
     return cast(nn.Module, getattr(model, model.base_model_prefix))
+
+
+def _table(embeddings: nn.Embedding) -> Tensor:
+    """What the model sees of every token [V, D]: some families scale their weights in the forward. Hooks are passed by."""
+    tokens = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
+    return embeddings.forward(tokens)
 
 
 def _load(

@@ -450,6 +450,12 @@ class VGFSampler:
 
     def _score(self, chunk: _Chunk, rows: Tensor, decoded: Decoded) -> Tensor:
         """Rewards of completions, one for each of the given rows."""
+        if decoded.logprobs.isnan().any():
+            row = int(decoded.logprobs.isnan().nonzero()[0])
+            raise ValueError(
+                f"the base model's logits are not finite: check its weights and dtype; the completion was "
+                f"{self._text(decoded.ids[row], decoded.mask[row])!r}"
+            )
         length = int(decoded.mask.sum(1).max())
         ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
         prompt_ids, prompt_mask = chunk.prompt_ids[rows], chunk.prompt_mask[rows]

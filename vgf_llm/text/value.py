@@ -8,6 +8,7 @@ the flow follows its gradient, `mean - kappa * std` over an ensemble of heads, a
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -102,21 +103,28 @@ class ValueModel(DifferentiableReward):
 
         Raises:
             RuntimeError: nothing was added yet.
+            FloatingPointError: no update had a finite gradient. Single ones that have none are skipped.
         """
         if not self.replay:
             raise RuntimeError("the value model has no samples to be fitted to: no reward function has scored a completion yet")
         rewards = torch.tensor([reward for *_, reward, _ in self.replay], dtype=torch.float64)
         self.scale = (rewards.mean().item(), max(rewards.std(correction=0).item(), 1e-6))
-        total = 0.0
+        losses = []
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         try:
             for _ in range(updates):
-                total += self._update()
+                losses.append(self._update())
         finally:
             for parameter in self.trained.values():
                 parameter.requires_grad_(False)
-        return total / max(updates, 1)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if losses and not finite:
+            raise FloatingPointError(
+                f"none of {updates} updates of the value model had a finite gradient (rewards have mean {self.scale[0]:g} and "
+                f"standard deviation {self.scale[1]:g}): look at the rewards, or lower value_learning_rate"
+            )
+        return math.fsum(finite) / max(len(finite), 1)
 
     def _update(self) -> float:
         generator = torch.Generator().manual_seed(self.seed * 2**32 + self.updates)
@@ -132,11 +140,13 @@ class ValueModel(DifferentiableReward):
             scores = self._member_scores(prompt_ids, prompt_mask, self.embed(ids), mask)
             loss = (weight * (scores - target).double().square()).sum() / weight.sum().clamp_min(1)
             loss.backward()
-        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        finite = bool(norm.isfinite())  # a step along anything else would lose every weight
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return loss.item()
+        return loss.item() if finite else math.nan
 
     def state(self) -> dict[str, Any]:
         """Everything `load_state` needs to go on as if nothing had happened."""

@@ -281,9 +281,25 @@ class Rewards:
                     f"reward function {term.name} returned {got} for {len(new)} completions: it must return a list with one "
                     "number, or None, per completion"
                 )
-            answers.append([math.nan if value is None else float(value) for value in said])
+            answers.append([_number(value, term.name, text) for value, text in zip(said, texts, strict=True)])
         for i, *values in zip(new, *answers, strict=True):
             scores.terms[keys[i]] = list(values)
+
+
+def _number(value: Any, name: str, completion: str) -> float:
+    """What a function said of a completion; nan stands for None, which means that it does not apply."""
+    if value is None:
+        return math.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):  # nan would pass for None, and a broken reward for one that does not apply
+        raise RuntimeError(
+            f"reward function {name} returned {value!r} for the completion {completion!r}: it must return a finite number, or "
+            "None where it does not apply"
+        )
+    return number
 
 
 async def _await(said: Any) -> Any:

@@ -122,6 +122,9 @@ class VGFConfig(TrainingArguments):
             beta of DPO, as in TRL.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Completions cut at `max_completion_length` do not count in the loss, as in TRL.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            How many optimizer steps in a row may be skipped because their gradient is not finite; one more ends the run. Under
+            DeepSpeed, which steps within the backward pass, the first one does.
 
         > Value model: rewards without a gradient (`vgf_llm.text.value.ValueModel`)
 
@@ -253,6 +256,10 @@ class VGFConfig(TrainingArguments):
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Completions cut at max_completion_length do not count in the loss."}
     )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={"help": "Steps in a row that may be skipped for a gradient that is not finite; one more ends the run."},
+    )
 
     value_model: str | None = field(
         default=None,
@@ -288,7 +295,7 @@ class VGFConfig(TrainingArguments):
         for name, lowest in (
             ("num_generations", 1), ("num_generations_eval", 1), ("max_completion_length", 1), ("flow_batch_size", 1),
             ("best_k", 1), ("num_iterations", 1), ("num_completions_to_print", 1), ("value_heads", 1), ("value_lora_rank", 0),
-            ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1),
+            ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1), ("max_skipped_steps", 0),
         ):  # fmt: skip
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")

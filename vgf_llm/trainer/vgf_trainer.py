@@ -14,7 +14,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -50,7 +52,18 @@ from vgf_llm.text.decode import row_keys
 from vgf_llm.text.sampler import Particles
 from vgf_llm.text.value import ValueModel
 
-from .checkpoints import RESUMED, SETTINGS_FILE, SaveOnSigterm, last_whole_checkpoint
+from .checkpoints import (
+    MANIFEST_FILE,
+    RESUMED,
+    SETTINGS_FILE,
+    SaveOnSigterm,
+    check_whole,
+    check_writable,
+    delete_old_checkpoints,
+    last_whole_checkpoint,
+    whole_checkpoints,
+    write_manifest,
+)
 from .phases import PhaseOrder, PhaseSampler, PhaseStream
 from .replica import copy_weights, shard_layers, unsharded_loading, whole_copy
 from .rewards import RewardFunc, Rewards, Scores
@@ -59,6 +72,7 @@ from .vgf_config import VGFConfig
 
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 # Particles on which the first phase after a log measures the fidelity of its gradient.
@@ -100,6 +114,7 @@ class VGFTrainer(Trainer):
         TypeError: a reward that is no model and no function, or a dataset that is none.
         ValueError: arguments that contradict each other, a dataset without prompts or smaller than one generation
             phase, or several GPUs in one process.
+        OSError: nothing can be written to `output_dir`.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step, so Trainer must not divide by the number of its
@@ -129,6 +144,8 @@ class VGFTrainer(Trainer):
         path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
             args = VGFConfig(f"{path.rstrip('/').split('/')[-1] or type(model).__name__}-VGF")
+        if args.should_save:
+            check_writable(Path(args.output_dir or "."))
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with a column 'prompt'")
         _check_dataset(train_dataset, "train_dataset")
@@ -211,6 +228,9 @@ class VGFTrainer(Trainer):
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
+        self._unlogged: tuple[float, int] | None = None  # loss since the last log, and its step, from a checkpoint
+        self._skipped = 0  # optimizer steps in a row
+        self._not_finite = ""  # where the loss of this optimizer step was not
         self._step_time = 0.0
         self._eval_batch = 0
         self._printed: deque[tuple[str, str, float]] = deque(maxlen=args.num_completions_to_print)
@@ -327,9 +347,19 @@ class VGFTrainer(Trainer):
 
     # ---- Particles: from prompts to micro-batches -------------------------------------------------------------------
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint: Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Called once per optimizer step. The place follows from the global step, so it survives a resume."""
         self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
+        if self._unlogged is not None:  # Trainer has set these to zero since the checkpoint was read
+            loss, self._globalstep_last_logged = self._unlogged
+            self._tr_loss += loss
+            self._unlogged = None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
@@ -632,11 +662,21 @@ class VGFTrainer(Trainer):
             metrics[f"rewards/{term.name}/std"] = (values - mean[:, None]).square().nanmean(1).sqrt()
         return metrics
 
+    @property
+    def _completions_file(self) -> Path:
+        return self._folder / f"completions-{self.args.process_index:05d}.jsonl"
+
+    def _cut_completions(self, size: int | None) -> None:
+        """Take back the lines of steps that will come again, beyond `size` bytes; None: a last line that a kill cut off."""
+        file = self._completions_file
+        if file.exists():
+            size = file.read_bytes().rfind(b"\n") + 1 if size is None else size
+            os.truncate(file, min(size, file.stat().st_size))
+
     def _write_completions(self, rows: list[dict[str, Any]], places: list[int], output: VGFOutput, scores: Scores) -> None:
-        """One line per prompt: all particles before and after transport. Lines of steps that a resume repeats come again."""
-        path = self._folder / f"completions-{self.args.process_index:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        """One line per prompt: all particles before and after transport."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._completions_file.open("a", encoding="utf-8") as file:
             for b, (row, place) in enumerate(zip(rows, places, strict=True)):
                 record: dict[str, Any] = {"step": self.state.global_step, "place": place, "prompt": row["prompt"]}
                 for name, particles in (("before", output.initial), ("after", output.transported)):
@@ -736,7 +776,11 @@ class VGFTrainer(Trainer):
             raise ValueError("VGFTrainer does not return outputs: its inputs are particles and not those of the caller")
         log_pi = self._log_pi(model, inputs)
         logprobs = self._logprobs(log_pi, inputs)
-        loss = self._losses(log_pi, logprobs, inputs).sum() / inputs["num_items"]
+        losses = self._losses(log_pi, logprobs, inputs)
+        loss = losses.sum() / inputs["num_items"]
+        if not loss.isfinite():
+            self._not_finite = self._where(losses, inputs)
+            logger.warning(self._not_finite)
         metrics = self._metrics["train"]
         for name, values in (inputs["metrics"] | self._fit_metrics(logprobs, inputs)).items():
             metrics[name].extend(values.tolist())
@@ -744,6 +788,47 @@ class VGFTrainer(Trainer):
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         self._printed.extend(inputs.get("samples", ()))
         return loss
+
+    def _where(self, losses: Tensor, batch: dict[str, Any]) -> str:
+        """Which completion has a loss that is not finite."""
+        place = f"step {self.state.global_step}, process {self.args.process_index}: the loss"
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        if not bad:
+            return f"{place} overflows in the sum over completions"
+        row = bad[0] * (len(batch["completion_ids"]) // len(losses))
+        texts = [
+            self.processing_class.decode(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()])
+            for part in ("prompt", "completion")
+        ]
+        return f"{place} of a completion is {losses[bad[0]].item()}: prompt {texts[0]!r}, completion {texts[1]!r}"
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in Trainer. A gradient that is not finite is dropped, on all processes: one step along it, and every weight is lost.
+
+        Raises:
+            FloatingPointError: more than `max_skipped_steps` in a row, or DeepSpeed, which has stepped already.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is not None:  # of fp16, which expects overflows and skips them itself
+            return norm
+        bad = torch.tensor(float(norm is not None and not math.isfinite(norm)), device=self.args.device)
+        bad = self.accelerator.reduce(bad, reduction="sum")
+        self._metrics["train"]["frac_skipped_steps"].append(float(bad > 0))
+        where, self._not_finite = self._not_finite or "the loss on this process is finite", ""
+        if not bad:
+            self._skipped = 0
+            return norm
+        self._skipped += 1
+        if self.is_deepspeed_enabled or self._skipped > self.args.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self._skipped} optimizer step(s) in a row, up to step {self.state.global_step}, had a gradient that is not "
+                f"finite (norm {float(norm)}); {where}. Look at that completion, lower learning_rate, or load the model in "
+                "float32; checkpoints up to here are not touched by it"
+            )
+        logger.warning("step %d skipped: its gradient has norm %s; %s", self.state.global_step, float(norm), where)
+        for parameter in model.parameters():
+            parameter.grad = None  # AdamW passes these by: no decay, no moments
+        return norm
 
     def _fit_metrics(self, logprobs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         k = self.args.rows_per_prompt
@@ -871,39 +956,80 @@ class VGFTrainer(Trainer):
         """As in `transformers.Trainer`; "auto" resumes from the last whole checkpoint in `output_dir`, if there is one.
 
         Raises:
-            ValueError: the checkpoint was made with other settings, which the message names.
+            ValueError: there is no such checkpoint, it was not written to its end, or it was made with other settings, which the
+                message names.
         """
         if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
             resume_from_checkpoint = resume_from_checkpoint.lower() == "true"  # as a command line says it
-        if resume_from_checkpoint == "auto":
-            resume_from_checkpoint = last_whole_checkpoint(self._folder)
+        if resume_from_checkpoint in ("auto", True):
+            found = self._last_checkpoint()
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"No valid checkpoint found in output directory ({self._folder}): 'auto' would start anew")
+            resume_from_checkpoint = found
+        elif isinstance(resume_from_checkpoint, str):
+            self._everywhere(check_whole, resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            self._cut_completions(None)
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _last_checkpoint(self) -> str | None:
+        """The newest checkpoint in `output_dir` that is whole as every process sees it."""
+        seen: list[list[str]] = [whole_checkpoints(self._folder)]
+        if self.args.world_size > 1:
+            seen = gather_object(seen)
+        return next((path for path in seen[0] if all(path in paths for paths in seen)), None)
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in RESUMED} | {"rewards": [term.name for term in self.rewards.terms]}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Beside what Trainer saves: settings, the particles of an unfinished phase, the value model."""
-        # Trainer writes trainer_state.json last, so that a folder with it and with the files below is whole.
+        """Beside what Trainer saves: settings, the particles of an unfinished phase, what the next log will sum up, the value
+        model; and, when all processes are done, the manifest that makes it a whole checkpoint."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        # Old checkpoints may go when this one is whole, and not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            self._everywhere(self._save_own, folder)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(folder)
+        except Exception as error:  # torch, safetensors and DeepSpeed each have errors of their own for a disk that is full
+            raise OSError(
+                f"checkpoint {folder} could not be written ({type(error).__name__}: {error}). Make room, or set "
+                f"save_total_limit; then go on from the last whole one, {last_whole_checkpoint(self._folder)}, with "
+                "resume_from_checkpoint='auto'"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit is not None and limit > 0:
+            delete_old_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save_own(self, folder: Path) -> None:
+        """This process's part of a checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of a checkpoint that is written over
         done = (self.state.global_step * self.args.gradient_accumulation_steps) % self._order.repeats == 0
-        state = {"phase": self._phase, "buffer": [] if done else self._buffer}
+        state = {
+            "phase": self._phase,
+            "buffer": [] if done else self._buffer,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "completions": self._completions_file.stat().st_size if self._completions_file.exists() else 0,
+        }
         torch.save(state, folder / f"vgf_state_{self.args.process_index}.pt")
-        if self.is_world_process_zero():
+        if self.args.should_save:
             if self.rewards.value is not None:
                 torch.save(self.rewards.value.state(), folder / "vgf_value.pt")
             (folder / SETTINGS_FILE).write_text(json.dumps(self._settings()), encoding="utf-8")
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        if not (folder / SETTINGS_FILE).exists():
-            raise ValueError(f"{checkpoint} was not made by VGFTrainer: it has no {SETTINGS_FILE}")
         saved, ours = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")), self._settings()
         differ = [
             f"{name} ({saved.get(name)!r} there, {value!r} here)" for name, value in ours.items() if saved.get(name) != value
@@ -920,6 +1046,10 @@ class VGFTrainer(Trainer):
             for batch in state["buffer"]
         ]
         self._phase = state["phase"] if self._buffer else None
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+        self._unlogged = state["loss"], state["last_logged"]
+        if folder.resolve().parent == self._folder.resolve():
+            self._cut_completions(state["completions"])
         if self.rewards.value is not None:
             self.rewards.value.load_state(torch.load(folder / "vgf_value.pt", map_location="cpu", weights_only=True))
 
