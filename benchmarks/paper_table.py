@@ -8,7 +8,7 @@ The paper has Pythia-2.8B on TL;DR and Anthropic-HH judged by GPT-4. Here it is 
 reward is exact. Reference: what the data set's own writer says to the prompt. Chosen: the better of two base samples by gold,
 as a preference set holds them. All students start from the same base model and are trained on the same prompts for the same
 number of optimizer steps; only the proxy ensemble is optimised. Settings of VGF are the demonstration's, learning rates those
-of `benchmarks.trainer_vs_trl`; neither is tuned here.
+that `benchmarks.trainer_vs_trl` found on the proxy; neither is tuned here.
 
 Writes benchmarks/results/paper_table.json and .md; the page is in `--work`.
 """
@@ -29,12 +29,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
-from benchmarks.trainer_vs_trl import GENERATIONS, LEARNING_RATE, PROMPTS_PER_STEP, Job, as_function, best_and_worst, shared
+from benchmarks.trainer_vs_trl import GENERATIONS, PROMPTS_PER_STEP, RATES, Job, as_function, best_and_worst, shared
 from vgf_llm.data import reviews
+from vgf_llm.evaluation.demo import SCALES
 from vgf_llm.evaluation.evaluate import evaluate
 from vgf_llm.evaluation.evaluation_config import EvaluationConfig
 from vgf_llm.evaluation.report import markdown_table, write_atomically, write_report
-from vgf_llm.evaluation.world import Settings, build_world
+from vgf_llm.evaluation.world import build_world
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import VGFSampler
 from vgf_llm.trainer import VGFConfig, VGFTrainer
@@ -76,19 +77,19 @@ def student(job: Job, method: str, steps: int, out: Path) -> float:
         args = VGFConfig(
             num_generations=GENERATIONS, max_completion_length=LENGTH, flow_steps=3, flow_step_size=0.5, flow_rounds=2,
             flow_batch_size=64, per_device_train_batch_size=PROMPTS_PER_STEP, activation_checkpointing=False,
-            **shared(str(out), LEARNING_RATE["full"]["likelihood"], steps, 0),
+            **shared(str(out), RATES["full"]["likelihood"][0], steps, 0),
         )  # fmt: skip
         trainer = VGFTrainer(str(job.base), reward, args, Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer)
     elif method == "DPO":
         pairs = Dataset.from_list(best_and_worst(job, reward, tokenizer, prompts, 0))
-        common = shared(str(out), LEARNING_RATE["full"]["pairs"], steps, 0)
+        common = shared(str(out), RATES["full"]["pairs"][0], steps, 0)
         args = DPOConfig(per_device_train_batch_size=PROMPTS_PER_STEP, gradient_checkpointing=False, **common)
         trainer = DPOTrainer(str(job.base), args=args, train_dataset=pairs, processing_class=tokenizer)
     else:
         args = RLOOConfig(
             num_generations=GENERATIONS, max_completion_length=LENGTH, beta=0.0, gradient_checkpointing=False,
             per_device_train_batch_size=PROMPTS_PER_STEP * GENERATIONS,
-            **shared(str(out), LEARNING_RATE["full"]["gradient"], steps, 0),
+            **shared(str(out), RATES["full"]["gradient"][0], steps, 0),
         )  # fmt: skip
         dataset = Dataset.from_dict({"prompt": prompts})
         trainer = RLOOTrainer(str(job.base), as_function(reward, tokenizer), args, dataset, processing_class=tokenizer)
@@ -109,7 +110,7 @@ def main() -> None:
     if args.quick:
         args.steps, args.prompts, args.seeds = 1, 4, [0]
     if args.models is None:
-        world = build_world(ROOT / "outputs" / "demo" / "models", Settings(), print)
+        world = build_world(ROOT / "outputs" / "full" / "models", SCALES["full"].settings, print)
         base, judge, rewards = world.base, world.judge, world.rewards[TASK]
     else:
         base, judge = args.models / "base", args.models / "judge"

@@ -1,10 +1,20 @@
-"""What benchmarks/trainer_vs_trl.py makes of its measurements, and whether the pipeline runs."""
+"""Every benchmark can be started; what trainer_vs_trl makes of its measurements, and whether the pipeline runs."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import trainer_vs_trl as benchmark
+
+
+SCRIPTS = sorted(path.stem for path in Path(benchmark.__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "control_speed_jax"])  # which needs JAX
+def test_every_benchmark_can_be_started(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
 
 
 def points(*rows):
