@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -193,6 +195,43 @@ def shares(sampler: VGFSampler, load: Load, measured: Mapping[str, float], floor
     }
 
 
+def row_bytes(shape: Mapping[str, int], words: int, load: Load, size: int) -> dict[str, float]:
+    """Memory that one completion in flight takes at the peak, by what it is; `size` is that of a weight in bytes.
+
+    tables: log mu, the advantages and one copy on the way, float32 [T, V] each. cache: keys and values of base and reward
+    model over prompt and completion, twice while new ones are appended. activations: what a backward to the inputs keeps, 17
+    numbers per layer, channel and token (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores).
+    """
+    width, layers, tokens = shape["hidden_size"], shape["num_hidden_layers"], load.prompt_length + load.length
+    kv = shape.get("kv_size", width)
+    return {
+        "tables": 3 * 4 * load.length * words,
+        "cache": 2 * 2 * 2 * layers * kv * tokens * size,
+        "activations": 17 * layers * width * load.length * size,
+    }
+
+
+def peak(rows: int, preset: str) -> float:
+    """Bytes that a call with so many completions in flight takes at its peak, on a CPU, in a process of its own."""
+    shape, load = PRESETS[preset]
+    sampler, words = build(shape, VOCABULARY[preset], "cpu", 1)
+    measure(sampler, words, replace(load, prompts=1, num_particles=1), 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measure(sampler, words, replace(load, prompts=1, num_particles=rows), 1)
+    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def memory(preset: str) -> dict[str, Any]:
+    """Measured bytes per completion, from the slope over 64 and 192 of them, beside the formula."""
+    context = multiprocessing.get_context("spawn")
+    few, many = 64, 192
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        taken = [pool.apply(peak, (rows, preset)) for rows in (few, many)]
+    shape, load = PRESETS[preset]
+    parts = row_bytes(shape, VOCABULARY[preset], load, 4)
+    return {"measured_per_row": (taken[1] - taken[0]) / (many - few), "formula_per_row": sum(parts.values()), "parts": parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -232,6 +271,7 @@ def main() -> None:
     drawn = stages["best-of-N"]
     moving = {n: s["total"] - drawn["total"] for n, s in stages.items() if not n.startswith("best")}
     report = {
+        "memory": memory(args.preset) if device == "cpu" else None,
         "preset": args.preset,
         "load": asdict(load),
         "members": args.members,
