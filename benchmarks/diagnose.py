@@ -54,20 +54,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=("tone", "content", "e2e"), help="default: all that have models")
 
 
+def newest(models: Path, name: str) -> Path:
+    """The directory `name`, or the newest `name-HASH`, as the demonstration keeps its models.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = (
+        [models / name] if (models / name).is_dir() else sorted(models.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+    )
+    if not found:
+        raise SystemExit(f"{models} holds no model {name}: give the directory that `vgf demo` keeps its models in")
+    return found[-1]
+
+
 def known_tasks(args: argparse.Namespace) -> list[KnownTask]:
     tasks = []
     if args.models:
         for name in ("tone", "content"):
-            rewards = [str(args.models / f"reward-{name}-{k}") for k in range(3)]
+            rewards = [str(newest(args.models, f"reward-{name}-{k}")) for k in range(3)]
             tasks.append(
                 KnownTask(
-                    name, args.models / "base", rewards, reviews.GOLD[name],
+                    name, newest(args.models, "base"), rewards, reviews.GOLD[name],
                     lambda count, seed, name=name: reviews.generate_prompts(count, seed, name), 64,
                 )
             )  # fmt: skip
     if args.e2e_models:
-        base = max(args.e2e_models.glob("base-*"), key=lambda path: path.stat().st_mtime)
-        rewards = [str(max(args.e2e_models.glob(f"reward-{k}-*"), key=lambda path: path.stat().st_mtime)) for k in range(3)]
+        base = newest(args.e2e_models, "base")
+        rewards = [str(newest(args.e2e_models, f"reward-{k}")) for k in range(3)]
         tasks.append(
             KnownTask(
                 "e2e", base, rewards, lambda prompt, text: e2e_gold(parse_mr(prompt), text),

@@ -44,7 +44,7 @@ def name(row: Mapping[str, Any], several: int) -> str:
         said = "VGF"
     else:
         said = NAMES.get(method, method)
-    if "kl_budget" in row:
+    if "kl_budget" in row and method != "vgf_auto":
         said += f", {row['kl_budget']:g} nat{'' if row['kl_budget'] == 1 else 's'}"
     if row.get("verified") is False:
         said += ", unverified"
