@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .loading import load_whole
+
 
 class DifferentiableReward(nn.Module):
     """One or several frozen sequence-classification models (`num_labels=1`) as a reward R(prompt, completion).
@@ -210,7 +212,7 @@ def _load(
     if isinstance(model, (str, Path)):
         name = str(model)
         _check_vocabulary(AutoTokenizer.from_pretrained(name), processing_class, name)
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **init_kwargs})
+        loaded: PreTrainedModel = load_whole(AutoModelForSequenceClassification, name, **{"num_labels": 1, **init_kwargs})
     else:
         loaded, name = model, model.config._name_or_path or type(model).__name__
     if loaded.config.num_labels != 1:
