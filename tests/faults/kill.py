@@ -5,8 +5,9 @@
 
 A case trains tiny models for a few steps with a checkpoint after each. Half of the kills (SIGKILL, which no program can catch)
 come at any moment of a run, the other half while a checkpoint is being written. With two processes half of the kills hit one
-of them alone, once they have met: the other one has to end by itself. Every run is taken up again with `resume_from_checkpoint="auto"` until it
-ends; then weights, metrics, completions and the value model must be those of the run that nobody touched.
+of them alone, once they have met: the other one has to end by itself. Every run is taken up again with
+`resume_from_checkpoint="auto"` until it ends; then weights, metrics, completions and the value model must be those of the run
+that nobody touched.
 
 Processes are forked from this one, which has imported everything and computed nothing: that saves most of their time.
 """
