@@ -3,7 +3,8 @@
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -287,6 +288,9 @@ class VGFConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         for name in ("model_init_kwargs", "reward_model_init_kwargs"):
             _check_object(name, getattr(self, name))
+        for name, kind in VGFConfig.__annotations__.items():
+            if not _fits(getattr(self, name), kind):
+                raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
         super().__post_init__()
 
         for name, allowed in (("target", get_args(Target)), ("particle_source", get_args(ParticleSource))):
@@ -302,8 +306,6 @@ class VGFConfig(TrainingArguments):
             ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1), ("max_skipped_steps", 0),
             ("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
         ):  # fmt: skip
-            if not isinstance(getattr(self, name), int):  # YAML says what it likes
-                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")  # noqa: TRY004
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in (
@@ -314,13 +316,13 @@ class VGFConfig(TrainingArguments):
             "value_learning_rate",
             "value_update_ratio",
         ):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         for name, numbers in (
             ("reward_kappa", [self.reward_kappa]), ("reward_weights", self.reward_weights or []),
             ("learning_rate", [self.learning_rate]), ("max_grad_norm", [self.max_grad_norm]),
         ):  # fmt: skip
-            if any(not math.isfinite(number) or (number < 0 and name != "reward_weights") for number in numbers):
+            if any(not abs(number) < math.inf or (number < 0 and name != "reward_weights") for number in numbers):
                 wanted = "finite" if name == "reward_weights" else "finite and not negative"
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         if self.flow_horizon is not None and self.flow_horizon < 0:
@@ -434,3 +436,20 @@ def _check_object(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be a JSON object, got {value!r}: {error}") from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'{name} must be an object such as {{"dtype": "bfloat16"}}, got {value!r}')
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of its field: a command line is checked by its parser, but YAML says what it likes."""
+    if kind is Any or get_origin(kind) is Literal:  # choices have a message of their own
+        return True
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
