@@ -14,9 +14,10 @@ id. `--flow_steps 0` fits to best-of-N, the run to compare with.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
@@ -44,9 +45,7 @@ class VGFScriptArguments(ScriptArguments):
 def main(script_args: VGFScriptArguments, training_args: VGFConfig, model_args: ModelConfig) -> None:
     models = script_args.reward_model_name_or_path
     rewards = [models if len(models) > 1 else models[0]] if models else []
-    for name in script_args.reward_funcs:
-        module, _, function = name.rpartition(".")
-        rewards.append(getattr(import_module(module), function))
+    rewards += map(load_function, script_args.reward_funcs)
     evaluate = training_args.eval_strategy != "no"
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if evaluate else [])]
     data = load_splits(script_args.dataset_name, script_args.dataset_config, splits, ["prompt"], script_args.hh_transcripts)
@@ -69,6 +68,22 @@ def main(script_args: VGFScriptArguments, training_args: VGFConfig, model_args: 
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that `module.function` names, of a module in the Python path.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module, _, function = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), function)
+        if not callable(found):
+            raise ValueError(f"it is a {type(found).__name__}")  # noqa: TRY004  # of what was typed, not of a type
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward_funcs: {name} is not module.function of a module in the Python path: {error}") from error
+    return found
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[VGFScriptArguments, VGFConfig, ModelConfig]:

@@ -12,11 +12,12 @@ Libraries are imported inside the commands, so that `vgf --help` answers at once
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -58,7 +59,34 @@ def recipe(name: str, argv: Sequence[str]) -> None:
         ValueError, OSError: those of the recipe's `parse` and `main`.
     """
     script = import_module(f"vgf_llm.recipes.{name}")
-    script.main(*script.parse(list(argv)))
+    _check_yaml(argv)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):  # argparse shows hundreds of options before it comes to the point
+            options = script.parse(list(argv))
+    except SystemExit as exit:
+        if exit.code != 2:
+            raise
+        raise ValueError(f"{said.getvalue().strip().rpartition('error: ')[2]} (see `vgf {name} --help`)") from None
+    except TypeError as error:  # a list where a number is wanted, in a field of transformers' own
+        raise ValueError(f"a value in the configuration has another type than its option: {error}") from error
+    sys.stderr.write(said.getvalue())  # warnings
+    script.main(*options)
+
+
+def _check_yaml(argv: Sequence[str]) -> None:
+    """Raises ValueError, naming the file of `--config`, where it is none or cannot be read as YAML."""
+    import yaml
+
+    if "--config" not in argv:
+        return
+    after = argv[argv.index("--config") + 1 :]
+    if not after:
+        raise ValueError("--config needs a file: a YAML mapping of options")
+    try:
+        yaml.safe_load(Path(after[0]).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{after[0]} cannot be read as YAML: {error}") from None
 
 
 def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int = 8, **options: Any) -> Iterator[dict[str, Any]]:
@@ -108,7 +136,10 @@ def read_prompts(source: str | Path) -> list[Prompt]:
         is_json = text.lstrip().startswith("{")
     else:
         path = Path(source)
-        name, text = str(path), path.read_text(encoding="utf-8")
+        try:
+            name, text = str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from None
         is_json = path.suffix == ".jsonl"
     # Not splitlines: a JSON string may hold the other line separators of Unicode.
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -328,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe, e.g. `head`, has seen enough. Nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"  # without the number of the system's error

@@ -4,9 +4,10 @@
     python -m tests.faults.kill --kills 8 --cases sampler value
 
 A case trains tiny models for a few steps with a checkpoint after each. Half of the kills (SIGKILL, which no program can catch)
-come at any moment of a run, the other half while a checkpoint is being written. With two processes one of them dies in a third
-of the kills: the other one has to end by itself. Every run is taken up again with `resume_from_checkpoint="auto"` until it
-ends; then weights, metrics, completions and the value model must be those of the run that nobody touched.
+come at any moment of a run, the other half while a checkpoint is being written. With two processes half of the kills hit one
+of them alone, once they have met: the other one has to end by itself. Every run is taken up again with
+`resume_from_checkpoint="auto"` until it ends; then weights, metrics, completions and the value model must be those of the run
+that nobody touched.
 
 Processes are forked from this one, which has imported everything and computed nothing: that saves most of their time.
 """
@@ -76,7 +77,7 @@ def child(folder: Path, name: str, rank: int, port: int) -> None:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            changes["ddp_timeout"] = 15  # of the rendezvous too, where torch tries a second time
+            changes["ddp_timeout"] = 45
         if (
             zero2
         ):  # as accelerate sets it from accelerate_configs/zero2.yaml, and as tests/distributed/on_cpu.py makes a CPU of it
@@ -88,6 +89,7 @@ def child(folder: Path, name: str, rank: int, port: int) -> None:
             PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
             changes |= {"use_cpu": False, "bf16": False}
         trainer = runs.make_trainer(folder, case, **changes)
+        (folder / f"met-{rank}").touch()
         trainer.train(resume_from_checkpoint="auto")
         trainer.save_model(str(folder / "final"))
         if rank == 0:
@@ -109,6 +111,8 @@ class Run:
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for rank in range(CASES[name][1]):
+            (folder / f"met-{rank}").unlink(missing_ok=True)
         self.pids: dict[int, int] = {}
         self.codes: dict[int, int] = {}
         self.started = time.monotonic()
@@ -225,7 +229,9 @@ def torture(name: str, kills: int, folder: Path, rng: random.Random) -> dict[str
                 typical_left, saving = typical, rng.random() < 0.5
             run = Run(place, name)
             if typical_left and strike(run, output, rng, typical_left, saving):
-                one = world > 1 and rng.random() < 1 / 3
+                # Before they have met, a death is for the launcher to notice: torch waits for the rendezvous, and tries again.
+                met = all((place / f"met-{rank}").exists() for rank in range(world))
+                one = world > 1 and met and rng.random() < 1 / 2
                 killed = [rng.randrange(world)] if one else list(range(world))
                 run.kill(killed)
                 struck = time.monotonic()

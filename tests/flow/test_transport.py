@@ -322,3 +322,12 @@ def test_finiteness_may_be_left_to_the_caller():
     with pytest.raises(ValueError, match="non-finite"):
         transport(torch.zeros(1, 2, 3), broken, budget)
     assert transport(torch.zeros(1, 2, 3), broken, budget, check_finite=False).particles.isnan().all()
+
+
+def test_what_never_moves_does_not_use_up_the_cap():
+    """Coupled directions point along coordinates that another particle may move in, and this one may not."""
+    budget = TransportBudget(steps=1, step_size=1.0, coupling="svgd", bandwidth=10.0, normalize="none", max_displacement=0.5)
+    mask = torch.tensor([[[True, False], [True, True]]])
+    score = torch.tensor([[[0.3, 0.0], [0.3, 9.0]]])
+    moved = transport(torch.zeros(1, 2, 2), lambda u, step: (u.sum(2), score), budget, mask=mask)
+    torch.testing.assert_close(moved.particles[0, 0], torch.tensor([0.3, 0.0]))

@@ -1,10 +1,14 @@
 """Data sets of the recipes: a file, a directory or a hub id, by one code path."""
 
+import gzip
 import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from .hh import parse_rows
 
@@ -32,12 +36,22 @@ def load_splits(
     """
     if not name:
         raise ValueError("give --dataset_name: a JSONL file, a directory or a hub id")
-    if Path(name).is_file():
-        if Path(name).stat().st_size == 0:
-            raise ValueError(f"{name} is empty")
-        found = load_dataset("json", data_files={splits[0]: name})
-    else:
-        found = load_dataset(name, config)
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the traceback of what it raises
+    try:
+        if Path(name).is_file():
+            if not Path(name).stat().st_size:
+                raise ValueError("the file is empty")
+            found = load_dataset("json", data_files={splits[0]: name})
+        else:
+            found = load_dataset(name, config)
+    except DatasetGenerationError as error:  # which says nothing itself
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name} cannot be read as JSON lines, one object each, or as a data set: {reason}") from error
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     return [_split(found, name, split, columns, hh_transcripts) for split in splits]
 
 

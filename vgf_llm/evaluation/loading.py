@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.loading import load_whole
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -23,7 +24,10 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ValueError: it cannot be loaded; the message names it.
     """
     check_model(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (ValueError, OSError) as error:  # whose message need not name the model
+        raise ValueError(f"cannot load the tokenizer of {name}: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model: Any
@@ -32,7 +36,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
         model = AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload()
     else:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = load_whole(AutoModelForCausalLM, name)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer
 

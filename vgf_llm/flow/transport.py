@@ -111,7 +111,8 @@ def transport(
             phi, trace.bandwidth[step] = stein_direction(visible, phi, budget.temperature, budget.bandwidth, present)
         if precondition is not None:
             phi = precondition(phi)
-        u = u + budget.step_size * phi
+        # A coupled direction points where other particles may move too; what never moves must not use up the cap.
+        u = u + budget.step_size * torch.where(moves, phi, 0.0)
         if budget.max_displacement is not None:
             shrink = _wide(budget.max_displacement / displacement(start, u), u)
             u = torch.where(shrink < 1, start + (u - start) * shrink, u)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .loading import load_whole
 from .prefix import Prefix, layers_of, positions
 
 
@@ -246,7 +247,7 @@ def _load(
     if isinstance(model, (str, Path)):
         name = str(model)
         _check_vocabulary(AutoTokenizer.from_pretrained(name), processing_class, name)
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **init_kwargs})
+        loaded: PreTrainedModel = load_whole(AutoModelForSequenceClassification, name, **{"num_labels": 1, **init_kwargs})
     else:
         loaded, name = model, model.config._name_or_path or type(model).__name__
     if loaded.config.num_labels != 1:

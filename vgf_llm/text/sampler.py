@@ -16,6 +16,7 @@ from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
 
 from . import decode
 from .decode import BaseDistribution, Decoded
+from .loading import load_whole
 from .prefix import Prefix
 from .proxy import GradientAt, evaluation_points, token_advantages
 from .race import Race
@@ -158,7 +159,7 @@ class VGFSampler:
     ) -> None:
         if isinstance(model, (str, Path)):
             processing_class = processing_class or AutoTokenizer.from_pretrained(str(model))
-            model = AutoModelForCausalLM.from_pretrained(str(model))
+            model = cast(PreTrainedModel, load_whole(AutoModelForCausalLM, str(model)))
         if processing_class is None:
             raise ValueError("give processing_class, the tokenizer of the model, where model is an object and not a path")
         if processing_class.pad_token_id is None:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from vgf_llm.text import DifferentiableReward
+from vgf_llm.text.loading import load_whole
 from vgf_llm.text.sampler import Scorer
 from vgf_llm.text.value import RewardSum, ValueModel
 
@@ -333,7 +334,7 @@ def _load(
             if isinstance(reward, str):
                 reward = cast(
                     PreTrainedModel,
-                    AutoModelForSequenceClassification.from_pretrained(reward, **{"num_labels": 1, **init_kwargs}),
+                    load_whole(AutoModelForSequenceClassification, reward, **{"num_labels": 1, **init_kwargs}),
                 )
             if reward.config.num_labels != 1:
                 raise ValueError(f"reward model {_name(reward)} has num_labels={reward.config.num_labels}: a reward needs 1")

@@ -1,13 +1,16 @@
 """Configuration of `VGFTrainer`."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vgf_llm.flow import TransportBudget
+from vgf_llm.text.decode import BaseDistribution
 
 
 Target = Literal["sft", "weighted", "tilt", "dpo", "advantage"]
@@ -283,6 +286,11 @@ class VGFConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        for name in ("model_init_kwargs", "reward_model_init_kwargs"):
+            _check_object(name, getattr(self, name))
+        for name, kind in VGFConfig.__annotations__.items():
+            if not _fits(getattr(self, name), kind):
+                raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
         super().__post_init__()
 
         for name, allowed in (("target", get_args(Target)), ("particle_source", get_args(ParticleSource))):
@@ -296,6 +304,7 @@ class VGFConfig(TrainingArguments):
             ("num_generations", 1), ("num_generations_eval", 1), ("max_completion_length", 1), ("flow_batch_size", 1),
             ("best_k", 1), ("num_iterations", 1), ("num_completions_to_print", 1), ("value_heads", 1), ("value_lora_rank", 0),
             ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1), ("max_skipped_steps", 0),
+            ("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
         ):  # fmt: skip
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
@@ -307,8 +316,18 @@ class VGFConfig(TrainingArguments):
             "value_learning_rate",
             "value_update_ratio",
         ):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+        for name, numbers in (
+            ("reward_kappa", [self.reward_kappa]), ("reward_weights", self.reward_weights or []),
+            ("learning_rate", [self.learning_rate]), ("max_grad_norm", [self.max_grad_norm]),
+        ):  # fmt: skip
+            if any(not abs(number) < math.inf or (number < 0 and name != "reward_weights") for number in numbers):
+                wanted = "finite" if name == "reward_weights" else "finite and not negative"
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        if self.flow_horizon is not None and self.flow_horizon < 0:
+            raise ValueError(f"flow_horizon must be at least 0, got {self.flow_horizon}; None holds the tilt to the end")
+        BaseDistribution(self.temperature, self.top_k, self.top_p)  # whose message names the field
         if self.reward_clip_range is not None:
             self.reward_clip_range = list(self.reward_clip_range)  # as JSON gives it back
             if len(self.reward_clip_range) != 2 or not self.reward_clip_range[0] < self.reward_clip_range[1]:
@@ -375,7 +394,10 @@ class VGFConfig(TrainingArguments):
                 "auto_find_batch_size would change the size of a generation phase while training: set it to False and "
                 "lower per_device_train_batch_size or flow_batch_size instead"
             )
-        _ = self.budget  # out-of-range flow fields fail here and not at the first step
+        try:
+            _ = self.budget  # out-of-range flow fields fail here and not at the first step
+        except ValueError as error:
+            raise ValueError(f"flow_{error}") from None  # the message begins with the name of the field
 
     @property
     def budget(self) -> TransportBudget:
@@ -403,3 +425,31 @@ class VGFConfig(TrainingArguments):
         """Prompts of one generation phase on one process, sampled in one call."""
         assert self.steps_per_generation is not None  # set in __post_init__
         return self.prompts_per_micro_batch * self.steps_per_generation
+
+
+def _check_object(name: str, value: Any) -> None:
+    """Raises ValueError unless this is None, a dict, or the JSON of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be a JSON object, got {value!r}: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'{name} must be an object such as {{"dtype": "bfloat16"}}, got {value!r}')
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of its field: a command line is checked by its parser, but YAML says what it likes."""
+    if kind is Any or get_origin(kind) is Literal:  # choices have a message of their own
+        return True
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

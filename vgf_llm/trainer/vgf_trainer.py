@@ -49,6 +49,7 @@ from vgf_llm import __version__
 from vgf_llm.flow import TransportBudget, diagnostics
 from vgf_llm.text import VGFOutput, VGFSampler, tilt
 from vgf_llm.text.decode import row_keys
+from vgf_llm.text.loading import load_whole
 from vgf_llm.text.sampler import Particles
 from vgf_llm.text.value import ValueModel
 
@@ -174,6 +175,12 @@ class VGFTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
+        has_chats = isinstance(train_dataset, Dataset) and isinstance(train_dataset[0]["prompt"], list)
+        if has_chats and processing_class.chat_template is None:
+            raise ValueError(
+                "the prompts are chat messages, but the tokenizer has no chat template: set tokenizer.chat_template, or give "
+                "prompts as strings"
+            )
         with unsharded_loading():
             self.rewards = Rewards(reward_funcs, reward_processing_classes, processing_class, args)
             model = _load_policy(model, args, quantization_config)
@@ -1163,6 +1170,24 @@ def _check_dataset(dataset: Any, name: str) -> None:
             f"{name} has no column 'prompt' (strings or lists of chat messages), only {columns}: rename "
             "one with dataset.rename_column"
         )
+    if isinstance(dataset, Dataset):  # a stream is seen when it comes
+        for number, prompt in enumerate(dataset["prompt"]):
+            if why := _prompt_is_none(prompt):
+                raise ValueError(f"{name}, row {number}: {why}; leave the row out with dataset.filter, or mend it")
+
+
+def _prompt_is_none(prompt: Any) -> str:
+    """What is wrong with a prompt, or nothing."""
+    if isinstance(prompt, str):
+        return "" if prompt.strip() else "the prompt is empty"
+    if not isinstance(prompt, list):
+        return f"the prompt is {prompt!r}, and neither a string nor a list of chat messages"
+    if not prompt:
+        return "the prompt is a list without messages"
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f"{message!r} is no chat message, an object with strings 'role' and 'content'"
+    return ""
 
 
 def _load_policy(
@@ -1172,7 +1197,7 @@ def _load_policy(
         init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
-        return AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+        return load_whole(AutoModelForCausalLM, model, **init_kwargs)
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "model_init_kwargs and quantization_config are for loading a model from a path, but the model is loaded "
@@ -1217,7 +1242,7 @@ def _load_value_model(
             raise ValueError(
                 f"value_model {args.value_model} has another vocabulary than the policy, in which its gradient is taken"
             )
-        backbone = AutoModelForCausalLM.from_pretrained(args.value_model, dtype="float32", trust_remote_code=trust)
+        backbone = load_whole(AutoModelForCausalLM, args.value_model, dtype="float32", trust_remote_code=trust)
     elif getattr(policy, "is_quantized", False):
         raise ValueError("a quantized policy cannot be the backbone of the value model: set value_model to a path of one")
     elif isinstance(policy, PeftModel):
