@@ -15,6 +15,7 @@ padded on the right, masks bool, tables [R, T, V].
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -305,7 +306,8 @@ def redecode(
         keys: [R] noise keys of this round.
         horizon: how many positions after the first change the tilt still holds. None: to the end. 0: the first change
             only, after which the base model is on its own.
-        lookahead: tokens per forward after the first change. The result does not depend on it; 1 is plain decoding.
+        lookahead: tokens per forward after the first change. The result does not depend on it; 1 is plain decoding, and what
+            models do whose sliding window the completion could fill.
     """
     _, length, vocab = tables.log_mu.shape
     place = torch.arange(length, device=ids.device).expand(len(ids), length)
@@ -342,9 +344,12 @@ def redecode(
             said = (log_mu + z).scatter_add(-1, tilt.ids[r, at], values).argmax(-1)
             return said, _quantities(log_mu, tilt.ids[r, at], values, said)
 
+        # Wrong guesses leave gaps, which a window that counts slots would take for tokens.
+        slots = attention.shape[1] + lookahead * ids.shape[1]
+        ahead = lookahead if slots <= _window(model) else 1
         continued = new_ids[go]
         totals[go] += _continue(
-            model, cache, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], lookahead
+            model, cache, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead
         )  # fmt: skip
         new_ids[go] = continued
     new_mask = completion_mask(new_ids, eos_ids)
@@ -404,6 +409,14 @@ def _quantities(log_mu: Tensor, ids: Tensor, values: Tensor, said: Tensor) -> Te
         ],
         -1,
     )
+
+
+def _window(model: PreTrainedModel) -> float:
+    """How many slots back the shortest-sighted layer of a model sees."""
+    config = model.config.get_text_config()
+    if all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ["unknown"]):
+        return math.inf
+    return min(getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))
 
 
 def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
