@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -47,7 +47,7 @@ from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("prompts", "sample", "read", "flow", "decode again", "score")
+STAGES = ("read prompts", "sample", "read", "flow", "decode again", "score")
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def timed(sampler: VGFSampler) -> Iterator[dict[str, float]]:
 
     with ExitStack() as stack:
         for owner, attribute, stage in (
-            (decode, "read_prompts", "prompts"),
-            (sampler.reward, "read", "prompts"),
+            (decode, "read_prompts", "read prompts"),
+            (sampler.reward, "read", "read prompts"),
             (decode, "sample", "sample"),
             (decode, "read", "read"),
             (sampler.reward, "value_and_grad", "flow"),
@@ -216,9 +216,15 @@ def peak(rows: int, preset: str) -> float:
     shape, load = PRESETS[preset]
     sampler, words = build(shape, VOCABULARY[preset], "cpu", 1)
     measure(sampler, words, replace(load, prompts=1, num_particles=1), 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     measure(sampler, words, replace(load, prompts=1, num_particles=rows), 1)
-    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return high_water() - before
+
+
+def high_water() -> float:
+    """Most bytes this process has held. Not `getrusage`, whose figure a child inherits from its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024.0 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def memory(preset: str) -> dict[str, Any]:
@@ -237,7 +243,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--members", type=int, default=1, help="reward models")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--largest", type=int, default=10**9, help="leave out larger values of every grid")
+    parser.add_argument("--patience", type=float, default=20.0, help="a grid ends behind the first point of so many seconds")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, load = PRESETS[args.preset]
@@ -260,18 +266,18 @@ def main() -> None:
                 stages[name] = found
     grids: dict[str, list[dict[str, Any]]] = {}
     for field, whole in GRIDS.items():
-        # The two smallest stay, so that every line has two ends.
-        values = [value for index, value in enumerate(whole) if index < 2 or value <= args.largest]
         small = replace(load, prompts=2, num_particles=4) if field != "prompts" else replace(load, num_particles=4)
-        grids[field] = [
-            {field: value, **measure(sampler, words, replace(small, **{field: value}), args.repeats)}
-            for value in tqdm(values, desc=field, leave=False)
-        ]
+        grids[field] = []
+        for value in tqdm(whole, desc=field, leave=False):
+            found = measure(sampler, words, replace(small, **{field: value}), args.repeats)
+            grids[field].append({field: value, **found})
+            if found["total"] > args.patience:
+                break
     floor = floors(device)
     drawn = stages["best-of-N"]
     moving = {n: s["total"] - drawn["total"] for n, s in stages.items() if not n.startswith("best")}
     report = {
-        "memory": memory(args.preset) if device == "cpu" else None,
+        "memory": memory(args.preset) if device == "cpu" and Path("/proc/self/status").exists() else None,
         "preset": args.preset,
         "load": asdict(load),
         "members": args.members,
@@ -293,7 +299,7 @@ def main() -> None:
     name = "speed.json" if device == "cpu" else "speed_cuda.json"
     write_report(ROOT / "benchmarks" / "results" / name, report)
     plot(grids, ROOT / "docs" / "img" / name.replace("json", "png"))
-    show(report, Console())
+    show(report, Console(width=140))
 
 
 def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -308,7 +314,9 @@ def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
             ax.plot([p[field] for p in points], [p[stage] for p in points], marker="o", markersize=3, label=stage)
         ax.set(xlabel=labels[field], ylabel="seconds" if field == "num_particles" else None)
         if field != "steps":
-            ax.set(xscale="log", yscale="log")
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
@@ -318,7 +326,7 @@ def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
 
 def show(report: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"seconds ({report['machine']['processor']}, {report['machine']['threads']} threads)", box=None)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in (*STAGES, "other", "total", "generations"):
         table.add_column(column, justify="right")
     for name, found in report["stages"].items():
