@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-rlhf docs test test-properties test-faults test-distributed lint clean
+.PHONY: venv demo demo-rlhf docs test test-properties test-faults test-fuzz test-load test-distributed audit lint clean
 
 venv: $(STAMP)
 
@@ -42,6 +42,20 @@ test-properties: $(STAMP)
 # A hundred kills at random moments, one and two processes; writes what it found.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m tests.faults.kill --kills 100 --output benchmarks/results/faults.json
+
+test-fuzz: $(STAMP)
+	$(VENV)/bin/python -m tests.fuzz transcripts --executions 1000000
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m tests.fuzz config --executions 10000
+
+# Ten minutes of 32 clients, and 100,000 prompts.
+test-load: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.load --output benchmarks/results/load.json
+
+# Known vulnerabilities and licences of everything installed; needs the network.
+audit: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet pip-audit pip-licenses
+	$(VENV)/bin/pip-audit --skip-editable
+	$(VENV)/bin/pip-licenses --order license --partial-match --fail-on 'GPL-3;GNU General Public;AGPL'
 
 # Two real processes of every engine, on the CPU.
 test-distributed: $(STAMP)

@@ -26,8 +26,8 @@ from vgf_llm.data.hh import parse_pair, parse_rows, parse_transcript
 WHOLE = ["\n\nHuman: Hi.\n\nAssistant: Hello.", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"]
 PIECES = [
     "\n\nHuman:", "\n\nAssistant:", "\n\nHuman: x", "\n\nAssistant: y", "\n", "\n\n", " ", "Human:", "Assistant", "\x00",
-    "\u2028", "\r", "é", "\ud800", "𝔘", "\n\nhuman:", "\n\nHuman :", "a" * 50, "\t", "\\n\\nHuman: ",
-    "\n\n\nAssistant:", "{", "<|eos|>",
+    "\u2028", "\r", "é", "\ud800", "𝔘", "\n\nhuman:", "\n\nHuman :", "a" * 50, "\t", "\\n\\nHuman: ", "\n\n\nAssistant:",
+    "{", "<|eos|>",
 ]  # fmt: skip
 
 

@@ -81,6 +81,9 @@ def child(folder: Path, name: str, rank: int, port: int) -> None:
         if (
             zero2
         ):  # as accelerate sets it from accelerate_configs/zero2.yaml, and as tests/distributed/on_cpu.py makes a CPU of it
+            # A process that dies while torch compiles or loads an extension of DeepSpeed leaves a lock on which all others wait
+            # for ever: it is in a folder of this run, from which `Run` takes it away.
+            os.environ["TORCH_EXTENSIONS_DIR"] = str(folder.parent / "extensions")
             os.environ |= {
                 "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_TORCH_DEVICE": "cpu",
                 "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
@@ -113,6 +116,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         for rank in range(CASES[name][1]):
             (folder / f"met-{rank}").unlink(missing_ok=True)
+        for lock in (folder.parent / "extensions").rglob("lock"):
+            lock.unlink()
         self.pids: dict[int, int] = {}
         self.codes: dict[int, int] = {}
         self.started = time.monotonic()
