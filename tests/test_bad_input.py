@@ -167,7 +167,7 @@ YAML = [
     ("flow_movers: true", "flow_movers must be int | None, got True"),
     ("reward_weights: 3", "reward_weights must be"),
     ("learning_rate: [1]", "learning_rate must be float"),
-    ("max_steps: [1]", "another type than its option"),
+    ("warmup_steps: [1]", "another type than its option"),
     ("env: 3", "`env` field should be a dict"),
     ("flow_steps: 1e3", "invalid int value: '1e3'"),
     ("learning_rate: 1e-5x", "invalid float value"),
