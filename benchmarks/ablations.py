@@ -63,12 +63,12 @@ QUICK = Settings(
     texts=1_600, steps=60, judge_steps=1, trunk_pairs=240, content_pairs=200, content_edits=60, tone_pairs=260, members=2
 )
 RECORDED = (1, 2, 4, 7, 12)
-BLUE, VERMILION, GREEN, PURPLE, GREY, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777", "#56B4E9"
+BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to move particles. The defaults are the reference: those of `frontier.Plan`, which the demonstration runs.
+    """One way to move particles. The defaults are the reference: those of the demonstration at its default scale.
 
     `move`: "library" is `VGFSampler.sample`; the others are made by benchmarks/moves.py. `horizon` "task" is None for tone, 0
     elsewhere. `record`: after which rounds the outcome is looked at; empty is after the last.
@@ -78,7 +78,7 @@ class Variant:
     gradient_at: str = "path"
     horizon: int | None | str = "task"
     kl_budget: float = 2.0
-    steps: int = 3
+    steps: int = 1
     step_size: float = 0.5
     rounds: int = 7
     movers: int = 2
@@ -98,10 +98,24 @@ ONCE = replace(REFERENCE, rounds=1, movers=N, verify=False)
 STILL = replace(REFERENCE, steps=0, kl_budget=0.0, rounds=1)
 
 
+Groups = Mapping[str, Mapping[str, Variant]]
+
+
+def shortened(groups: Groups) -> Groups:
+    """The same with at most two rounds, and fewer variants."""
+    return {
+        group: {
+            name: replace(v, rounds=min(v.rounds, 2), record=tuple(r for r in v.record if r <= 2))
+            for name, v in of_group.items()
+            if v.kl_budget in (2.0, 32.0)
+        }
+        for group, of_group in groups.items()
+    }
+
+
 def variants() -> dict[str, dict[str, Variant]]:
     """Groups of variants to be compared, by what a reader calls them."""
-    one_step = replace(REFERENCE, steps=1)
-    crowd = replace(one_step, movers=N, rounds=3)
+    crowd = replace(REFERENCE, movers=N, rounds=1)
     edits = {
         "edits by chance": Variant(move="edit_random"),
         "edits by gradient": Variant(move="edit_gradient"),
@@ -112,12 +126,12 @@ def variants() -> dict[str, dict[str, Variant]]:
         f"{rounds} x {movers}, L = {steps}, {kl:g} nat{'' if kl == 1 else 's'}": replace(
             REFERENCE, rounds=rounds, movers=movers, steps=steps, kl_budget=kl
         )
-        for rounds, movers, steps in ((1, 8, 1), (3, 4, 1), (7, 2, 1), (14, 1, 1), (7, 2, 3))
-        for kl in (1.0, 2.0, 4.0)
+        for rounds, movers, steps in ((1, 8, 1), (3, 4, 1), (7, 2, 1), (7, 2, 3))
+        for kl in ((1.0, 2.0, 4.0) if steps == 1 else (2.0, 4.0))
     }
     far = {
         f"w = {weight:g}, {kl:g} nats / {members or 'all'}": replace(
-            one_step, move="embeddings", members=members, likelihood_weight=weight, kl_budget=kl, rounds=RECORDED[-1],
+            REFERENCE, move="embeddings", members=members, likelihood_weight=weight, kl_budget=kl, rounds=RECORDED[-1],
             record=RECORDED,
         )
         for members in (0, 1)
@@ -131,7 +145,6 @@ def variants() -> dict[str, dict[str, Variant]]:
             "hidden states": replace(REFERENCE, move="hidden"),
             "path, one decode": ONCE,
             "token, one decode": replace(ONCE, gradient_at="token"),
-            "mixture, one decode": replace(ONCE, gradient_at="mixture"),
             "hidden states, one decode": replace(ONCE, move="hidden"),
             "random, one decode": replace(ONCE, random=True),
         },
@@ -157,7 +170,7 @@ def variants() -> dict[str, dict[str, Variant]]:
     }
 
 
-E2E_NAMES = {
+E2E = {
     "space": ("path", "token", "mixture", "hidden states"),
     "decoder": ("coupled", "coupled, no horizon", "coupled, random direction", "edits by chance", "edits by gradient"),
 }
@@ -199,26 +212,21 @@ def measure(world: World, variant: Variant, seeds: Sequence[int]) -> dict[str, d
     """By number of rounds, one entry per prompt of each of: text, gold, proxy, log_ratio, nll_base, generations; the particles'
     texts and their mean gold; and CPU seconds in all, on one thread: other programs do not count."""
     sampler, result = world.sampler(variant), {}
-    for seed in seeds:
-        prompts = world.prompts(seed)
-        started = time.process_time()
-        for rounds, outcome in _outcomes(world, sampler, variant, prompts, seed):
-            seconds = time.process_time() - started
-            here = result.setdefault(str(rounds), {"seconds": 0.0})
-            here["seconds"] += seconds
-            outcome["gold"] = [world.gold(p, c) for p, c in zip(prompts, outcome["text"], strict=True)]
-            outcome["gold_of_all"] = [
-                float(np.mean([world.gold(p, c) for c in cs])) for p, cs in zip(prompts, outcome["texts"], strict=True)
-            ]
-            for key, values in outcome.items():
-                here.setdefault(key, []).extend(values)
-            # What was spent on judging does not count.
-            started = time.process_time() - seconds
+    prompts = [p for seed in seeds for p in world.prompts(seed)]
+    # All in one call, which is faster: a result depends on the prompt and its seed alone.
+    noise = [seed for seed in seeds for _ in world.prompts(seed)]
+    begun, judging = time.process_time(), 0.0
+    for rounds, outcome in _outcomes(world, sampler, variant, prompts, noise):
+        seconds = time.process_time() - begun - judging
+        gold = [world.gold(p, c) for p, c in zip(prompts, outcome["text"], strict=True)]
+        of_all = [float(np.mean([world.gold(p, c) for c in cs])) for p, cs in zip(prompts, outcome["texts"], strict=True)]
+        result[str(rounds)] = {**outcome, "gold": gold, "gold_of_all": of_all, "seconds": seconds}
+        judging = time.process_time() - begun - seconds
     return result
 
 
 def _outcomes(
-    world: World, sampler: VGFSampler, variant: Variant, prompts: list[str], seed: int
+    world: World, sampler: VGFSampler, variant: Variant, prompts: list[str], seeds: list[int]
 ) -> Iterator[tuple[int, dict[str, list]]]:
     """Number of rounds and what they ended in, prompt by prompt."""
     budget = TransportBudget(
@@ -227,7 +235,7 @@ def _outcomes(
     )  # fmt: skip
     if variant.move == "library":
         direction = random_direction if variant.random else None
-        out = sampler.sample(prompts, N, budget, world.length, seed=seed, verify=variant.verify, direction=direction)
+        out = sampler.sample(prompts, N, budget, world.length, seed=seeds, verify=variant.verify, direction=direction)
         row, moved = torch.arange(len(prompts)), out.selected < N
         pick, first, last = out.selected % N, out.initial, out.transported
         yield (
@@ -250,7 +258,7 @@ def _outcomes(
         "edit_gradient": moves.single_site(True, variant.kl_budget),
     }[variant.move]
     accept = moves.metropolis(variant.kl_budget) if variant.accept == "metropolis" else moves.rises(variant.likelihood_weight)
-    chains = moves.Chains(sampler, prompts, N, world.length, seed)
+    chains = moves.Chains(sampler, prompts, N, world.length, seeds)
     first, shape = chains.initial, chains.shape
     drawn = first.text.mask.sum(1).view(shape).float().mean(1)
     run = chains.run(move, accept if variant.verify else moves.always, variant.rounds, variant.movers)
@@ -504,12 +512,13 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def plot_rounds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Gold against generations: best-of-n up to the size of the pool, and the grid of rounds, movers and steps."""
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["method"].startswith("rounds")))
-    figure, axes = _figure(5.4 * len(tasks), 4.8, 1, len(tasks), "Rounds x movers, at 1, 2 and 4 nats (left to right)")
+    figure, axes = _figure(
+        5.4 * len(tasks), 4.8, 1, len(tasks), "Rounds, movers and flow steps L, each at 1, 2 and 4 nats (L = 3: 2 and 4)"
+    )
     styles = {
         (1, 8, 1): (GREY, "s"),
         (3, 4, 1): (GREEN, "^"),
         (7, 2, 1): (PURPLE, "D"),
-        (14, 1, 1): (SKY, "v"),
         (7, 2, 3): (VERMILION, "o"),
     }
     for ax, task in zip(axes[0], tasks, strict=True):
@@ -607,7 +616,7 @@ def plot_coupling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def summarise(
-    world: World, cells: Mapping[str, Mapping[str, dict]], pools: Mapping[int, Mapping[str, Any]], size: int
+    world: World, groups: Groups, cells: Mapping[str, Mapping[str, dict]], pools: Mapping[int, Mapping[str, Any]], size: int
 ) -> list[dict]:
     """All rows of a task, `cells` by group and name."""
     several = len(world.rewards)
@@ -615,10 +624,8 @@ def summarise(
     for members, pool in sorted(pools.items()):
         rows += best_of_n_rows(pool, size, members or several)
     rows.append({**row("vgf", cells["still"]["L = 0"]["1"], STILL, pools[0], several, 1), "kl_budget": 0.0})
-    for group, of_group in variants().items():
+    for group, of_group in groups.items():
         for name, variant in of_group.items():
-            if name not in cells.get(group, {}):
-                continue
             for rounds, cell in cells[group][name].items():
                 said = name.partition(" / ")[0] + (f", {rounds} round{'' if rounds == '1' else 's'}" if variant.record else "")
                 rows.append(
@@ -630,7 +637,7 @@ def summarise(
     return [{"task": world.name, "gold_unit": unit, **r} for r in rows]
 
 
-def run_task(world: World, names: Mapping[str, Sequence[str]], seeds: Sequence[int], size: int, work: Path) -> list[dict]:
+def run_task(world: World, groups: Groups, seeds: Sequence[int], size: int, work: Path) -> list[dict]:
     digest = hashlib.sha256((ROOT / "benchmarks" / "moves.py").read_bytes()).hexdigest()[:8]
 
     def cell(variant: Variant) -> dict:
@@ -645,14 +652,13 @@ def run_task(world: World, names: Mapping[str, Sequence[str]], seeds: Sequence[i
         print(f"{world.name}: {name}: {time.process_time() - begun:.1f} s of CPU", flush=True)
         return found
 
-    wanted = variants()
-    singles = any(wanted[group][name].members == 1 for group in names for name in names[group])
+    singles = any(variant.members == 1 for of_group in groups.values() for variant in of_group.values())
     pools = {0: kept(work / world.name / "pool.json", lambda: draw_pool(world, seeds, size))}
     if singles:
         pools[1] = kept(work / world.name / "pool-1.json", lambda: judged_by_one(world, seeds, pools[0]))
     cells = {"still": {"L = 0": cell(STILL)}}
-    cells |= {group: {name: cell(wanted[group][name]) for name in names[group]} for group in names}
-    return summarise(world, cells, pools, size)
+    cells |= {group: {name: cell(variant) for name, variant in of_group.items()} for group, of_group in groups.items()}
+    return summarise(world, groups, cells, pools, size)
 
 
 def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]:
@@ -697,23 +703,26 @@ def main() -> None:
     parser.add_argument("--pool", default=256, type=int, help="samples per prompt for best-of-n")
     parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
     parser.add_argument("--groups", nargs="+", choices=list(variants()), default=list(variants()), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="tiny models, few prompts; writes beside --work only")
+    parser.add_argument("--quick", action="store_true", help="one task, tiny models, few prompts; writes to --work only")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     if args.quick:
-        args.prompts, args.seeds, args.pool = 3, [0], 16
+        args.prompts, args.seeds, args.pool = 2, [0], 16
     work = args.work or ROOT / "outputs" / "ablations" / ("quick" if args.quick else f"{args.prompts}x{len(args.seeds)}")
     results, images = (work, work) if args.quick else (ROOT / "benchmarks" / "results", ROOT / "docs" / "img")
 
     rows = []
-    names = {group: list(of_group) for group, of_group in variants().items() if group in args.groups}
+    groups: Groups = {group: of_group for group, of_group in variants().items() if group in args.groups}
     for world in embedded_worlds(args.models, args.quick, args.prompts):
-        rows += run_task(world, names, args.seeds, args.pool, work)
+        if args.quick and world.name != "content":
+            continue
+        rows += run_task(world, shortened(groups) if args.quick else groups, args.seeds, args.pool, work)
     if args.e2e_models:
         world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 10), args.seeds)
-        rows += run_task(world, {g: n for g, n in E2E_NAMES.items() if g in args.groups}, args.seeds, min(args.pool, 64), work)
+        some = {group: {name: groups[group][name] for name in E2E[group]} for group in E2E if group in groups}
+        rows += run_task(world, some, args.seeds, min(args.pool, 64), work)
     if len(args.groups) < len(variants()):
         return  # cells for a later run with all groups
     cells = sum(json.loads(path.read_text())["seconds"] for path in work.glob("*/pool.json"))

@@ -58,15 +58,15 @@ Accept = Callable[[Rows, Moved, Tensor], Tensor]
 
 
 class Chains:
-    """N particles of each prompt, drawn as `VGFSampler.sample` draws them."""
+    """N particles of each prompt, drawn as `VGFSampler.sample` draws them; one seed per prompt."""
 
     @torch.no_grad()
-    def __init__(self, sampler: VGFSampler, prompts: Sequence[str], n: int, length: int, seed: int) -> None:
+    def __init__(self, sampler: VGFSampler, prompts: Sequence[str], n: int, length: int, seeds: Sequence[int]) -> None:
         self.sampler, self.shape = sampler, (len(prompts), n)
         encoded, pad = sampler.encode(prompts, length), sampler.processing_class.pad_token_id
         ids, mask = left_padded(encoded, pad, sampler.model.device)
         every = torch.arange(len(prompts), device=ids.device).repeat_interleave(n)
-        keys = torch.cat([decode.row_keys(seed, [p], n) for p in encoded]).to(ids.device)
+        keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, encoded, strict=True)]).to(ids.device)
         prefix = decode.read_prompts(sampler.model, ids, mask).deal(every)
         reward_prefix = sampler.reward.read(ids, mask).deal(every)
         text = decode.sample(

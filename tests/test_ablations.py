@@ -31,7 +31,7 @@ def last(run):
 def test_the_loop_is_that_of_the_sampler(horizon):
     sampler = build(horizon=horizon, movers=2, likelihood_weight=0.1)
     out = sampler.sample(PROMPTS, 4, BUDGET, LENGTH, seed=5)
-    chains = moves.Chains(sampler, PROMPTS, 4, LENGTH, seed=5)
+    chains = moves.Chains(sampler, PROMPTS, 4, LENGTH, [5] * 3)
     now, cost = last(chains.run(moves.embeddings(BUDGET), moves.rises(0.1), BUDGET.rounds, movers=2))
     texts = [[TOKENIZER.decode(i[m], skip_special_tokens=True) for i, m in zip(now.text.ids, now.text.mask, strict=True)]]
     assert texts[0] == [text for row in out.transported.completions for text in row]
@@ -61,7 +61,7 @@ def test_edits_by_metropolis_hastings_leave_their_target_as_it_is(gradient):
     texts = all_texts(len(tokenizer), eos, length)
     ids = torch.tensor([list(t) + [pad] * (length - len(t)) for t in texts])
     mask = decode.completion_mask(ids, sampler.eos_ids)
-    whole = moves.Chains(sampler, ["a"], len(texts), length, seed=0)
+    whole = moves.Chains(sampler, ["a"], len(texts), length, [0])
     text, _ = moves._as_decoded(sampler, whole.initial, ids, mask)
     assert text.logprobs.exp().sum() == pytest.approx(1, abs=1e-4)
     rewards = whole._score(whole.initial, text)
@@ -72,7 +72,7 @@ def test_edits_by_metropolis_hastings_leave_their_target_as_it_is(gradient):
 
     def surprise(accept):
         """Chi-square of where chains are after a few rounds, in standard deviations above its mean under the target."""
-        chains = moves.Chains(sampler, ["a"], count, length, seed=1)
+        chains = moves.Chains(sampler, ["a"], count, length, [1])
         start = torch.multinomial(law, count, replacement=True, generator=torch.Generator().manual_seed(0))
         begun = decode.Decoded(*(getattr(text, f)[start] for f in text.__dataclass_fields__))
         chains.initial = replace(chains.initial, text=begun, rewards=rewards[start], unit=unit.expand(count))
@@ -95,7 +95,7 @@ def test_edits_by_metropolis_hastings_leave_their_target_as_it_is(gradient):
 
 def test_an_edit_keeps_what_stands_before_it():
     sampler = build()
-    rows = moves.Chains(sampler, PROMPTS, 4, LENGTH, seed=2).initial
+    rows = moves.Chains(sampler, PROMPTS, 4, LENGTH, [2] * 3).initial
     place = (rows.text.mask.sum(1) - 1).clamp(max=2)
     token = torch.full_like(place, 7)
     ids, mask, drawn = moves.rewritten(sampler, rows, place, token)
@@ -110,7 +110,7 @@ def test_an_edit_keeps_what_stands_before_it():
 def test_every_flow_climbs(move):
     """One move, taken whatever it gives, of a reward that counts words."""
     sampler = build(reward=tiny.counting_reward(TOKENIZER), horizon=None)
-    chains = moves.Chains(sampler, PROMPTS, 16, LENGTH, seed=0)
+    chains = moves.Chains(sampler, PROMPTS, 16, LENGTH, [0] * 3)
     budget = TransportBudget(steps=2, step_size=2.0, kl_budget=2.0)
     now, _ = last(chains.run(move(budget), moves.always, 1, movers=16))
     assert now.rewards.mean() > chains.initial.rewards.mean() + 0.1
