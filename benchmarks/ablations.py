@@ -324,13 +324,6 @@ def judged_by_one(world: World, seeds: Sequence[int], pool: Mapping[str, Any]) -
     return {**pool, "proxy": proxy, "ids": None}
 
 
-def kept(path: Path, make: Callable[[], dict]) -> dict:
-    """What `make` gives, made once."""
-    if not path.is_file():
-        write_atomically(path, json.dumps(make()).encode())
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 # ---- rows
 
 
@@ -413,6 +406,16 @@ def over_best_of_n(cell: Mapping[str, Any], pool: Mapping[str, Any]) -> dict:
     return result
 
 
+def over_reference(cell: Mapping[str, Any], reference: Mapping[str, Any]) -> dict:
+    """Gold and likelihood beside those of the reference on the same prompts: mean and interval, paired."""
+    result = {}
+    for key in ("gold", "nll_base"):
+        low, high = paired_bootstrap_ci(cell[key], reference[key])
+        name = f"{key}_over_reference"
+        result |= {name: float(np.mean(cell[key]) - np.mean(reference[key])), f"{name}_low": low, f"{name}_high": high}
+    return result
+
+
 def at_equal_proxy(cell: Mapping[str, Any], pool: Mapping[str, Any]) -> dict:
     """Gold above that of the best-of-n which has the same mean proxy, in units of the within-prompt standard deviation of gold.
 
@@ -486,7 +489,8 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Gold above best-of-n at equal generations, one line per variant, one column per task."""
     groups = ("space", "decoder")
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    names = list(dict.fromkeys(r["method"] for r in rows if r["method"].partition(":")[0] in groups))
+    there = {r["method"] for r in rows}
+    names = [f"{group}: {name}" for group in groups for name in variants()[group] if f"{group}: {name}" in there]
     figure, axes = _figure(
         3.4 + 3.4 * len(tasks), 1.6 + 0.3 * len(names), 1, len(tasks), "Gold above best-of-n at equal generations, 95 % intervals"
     )
@@ -615,50 +619,73 @@ def plot_coupling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 # ---- the run
 
 
-def summarise(
-    world: World, groups: Groups, cells: Mapping[str, Mapping[str, dict]], pools: Mapping[int, Mapping[str, Any]], size: int
-) -> list[dict]:
-    """All rows of a task, `cells` by group and name."""
-    several = len(world.rewards)
-    rows: list[dict] = []
-    for members, pool in sorted(pools.items()):
-        rows += best_of_n_rows(pool, size, members or several)
-    rows.append({**row("vgf", cells["still"]["L = 0"]["1"], STILL, pools[0], several, 1), "kl_budget": 0.0})
-    for group, of_group in groups.items():
-        for name, variant in of_group.items():
-            for rounds, cell in cells[group][name].items():
-                said = name.partition(" / ")[0] + (f", {rounds} round{'' if rounds == '1' else 's'}" if variant.record else "")
-                rows.append(
-                    row(f"{group}: {said}", cell, variant, pools[variant.members], variant.members or several, int(rounds))
-                )
-                if group == "coupling":
-                    rows[-1] |= diversity(cell, cells[group]["none, 2 nats"][str(variant.rounds)]["gold_of_all"])
-    unit = float(torch.tensor(pools[0]["gold"]).double().var(1).mean().sqrt())
-    return [{"task": world.name, "gold_unit": unit, **r} for r in rows]
+@dataclass(frozen=True)
+class Cells:
+    """What was measured of one task: a file each, made when it is asked for. With `make` False, None where there is none."""
 
+    world: World
+    seeds: Sequence[int]
+    size: int
+    work: Path
+    make: bool = True
 
-def run_task(world: World, groups: Groups, seeds: Sequence[int], size: int, work: Path) -> list[dict]:
-    digest = hashlib.sha256((ROOT / "benchmarks" / "moves.py").read_bytes()).hexdigest()[:8]
-
-    def cell(variant: Variant) -> dict:
-        if variant.horizon == world.horizon:
+    def of(self, variant: Variant) -> dict | None:
+        if variant.horizon == self.world.horizon:
             variant = replace(variant, horizon="task")  # one measurement, whatever it is called
         changed = {k: v for k, v in asdict(variant).items() if v != getattr(REFERENCE, k)}
         name = "-".join(f"{k}={v}" for k, v in changed.items()) or "reference"
         if variant.move != "library":
-            name += f"-{digest}"
-        begun = time.process_time()
-        found = kept(work / world.name / f"{name}.json", lambda: measure(world, variant, seeds))
-        print(f"{world.name}: {name}: {time.process_time() - begun:.1f} s of CPU", flush=True)
-        return found
+            name += "-" + hashlib.sha256(Path(moves.__file__).read_bytes()).hexdigest()[:8]
+        return self._kept(name, lambda: measure(self.world, variant, self.seeds))
 
-    singles = any(variant.members == 1 for of_group in groups.values() for variant in of_group.values())
-    pools = {0: kept(work / world.name / "pool.json", lambda: draw_pool(world, seeds, size))}
-    if singles:
-        pools[1] = kept(work / world.name / "pool-1.json", lambda: judged_by_one(world, seeds, pools[0]))
-    cells = {"still": {"L = 0": cell(STILL)}}
-    cells |= {group: {name: cell(variant) for name, variant in of_group.items()} for group, of_group in groups.items()}
-    return summarise(world, groups, cells, pools, size)
+    def pool(self, members: int) -> dict | None:
+        if members == 0:
+            return self._kept("pool", lambda: draw_pool(self.world, self.seeds, self.size))
+        everyone = self.pool(0)
+        return everyone and self._kept("pool-1", lambda: judged_by_one(self.world, self.seeds, everyone))
+
+    def _kept(self, name: str, measured: Callable[[], dict]) -> dict | None:
+        path = self.work / self.world.name / f"{name}.json"
+        if not path.is_file():
+            if not self.make:
+                return None
+            begun = time.process_time()
+            write_atomically(path, json.dumps(measured()).encode())
+            print(f"{self.world.name}: {name}: {time.process_time() - begun:.1f} s of CPU", flush=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summarise(cells: Cells, groups: Groups) -> tuple[list[dict], list[str]]:
+    """All rows of a task, and the names of those that were not measured."""
+    several = len(cells.world.rewards)
+    rows: list[dict] = []
+    absent: list[str] = []
+    pools = {
+        members: cells.pool(members)
+        for members in (0, 1)
+        if any(v.members == members for g in groups.values() for v in g.values())
+    }
+    still, found = cells.of(STILL), cells.of(REFERENCE)
+    if pools[0] is None or still is None or found is None:
+        return [], [cells.world.name]
+    reference = found[str(REFERENCE.rounds)]
+    for members, pool in pools.items():
+        rows += best_of_n_rows(pool, cells.size, members or several) if pool else []
+    rows.append({**row("vgf", still["1"], STILL, pools[0], several, 1), "kl_budget": 0.0})
+    for group, of_group in groups.items():
+        for name, variant in of_group.items():
+            measured, pool = cells.of(variant), pools[variant.members]
+            if measured is None or pool is None:
+                absent.append(f"{cells.world.name}: {group}: {name}")
+                continue
+            for rounds, cell in measured.items():
+                said = name.partition(" / ")[0] + (f", {rounds} round{'' if rounds == '1' else 's'}" if variant.record else "")
+                rows.append(row(f"{group}: {said}", cell, variant, pool, variant.members or several, int(rounds)))
+                rows[-1] |= over_reference(cell, reference)
+                if group == "coupling" and (alone := cells.of(of_group["none, 2 nats"])):
+                    rows[-1] |= diversity(cell, alone[rounds]["gold_of_all"])
+    unit = float(torch.tensor(pools[0]["gold"]).double().var(1).mean().sqrt())
+    return [{"task": cells.world.name, "gold_unit": unit, **r} for r in rows], absent
 
 
 def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]:
@@ -702,7 +729,7 @@ def main() -> None:
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     parser.add_argument("--pool", default=256, type=int, help="samples per prompt for best-of-n")
     parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
-    parser.add_argument("--groups", nargs="+", choices=list(variants()), default=list(variants()), help="default: all")
+    parser.add_argument("--publish", action="store_true", help="measure nothing more; what is absent is named in the report")
     parser.add_argument("--quick", action="store_true", help="one task, tiny models, few prompts; writes to --work only")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -713,27 +740,30 @@ def main() -> None:
     work = args.work or ROOT / "outputs" / "ablations" / ("quick" if args.quick else f"{args.prompts}x{len(args.seeds)}")
     results, images = (work, work) if args.quick else (ROOT / "benchmarks" / "results", ROOT / "docs" / "img")
 
-    rows = []
-    groups: Groups = {group: of_group for group, of_group in variants().items() if group in args.groups}
-    for world in embedded_worlds(args.models, args.quick, args.prompts):
-        if args.quick and world.name != "content":
-            continue
-        rows += run_task(world, shortened(groups) if args.quick else groups, args.seeds, args.pool, work)
+    groups: Groups = shortened(variants()) if args.quick else variants()
+    tasks = [
+        (Cells(world, args.seeds, args.pool, work, not args.publish), groups)
+        for world in embedded_worlds(args.models, args.quick, args.prompts)
+        if world.name == "content" or not args.quick
+    ]
     if args.e2e_models:
         world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 10), args.seeds)
-        some = {group: {name: groups[group][name] for name in E2E[group]} for group in E2E if group in groups}
-        rows += run_task(world, some, args.seeds, min(args.pool, 64), work)
-    if len(args.groups) < len(variants()):
-        return  # cells for a later run with all groups
-    cells = sum(json.loads(path.read_text())["seconds"] for path in work.glob("*/pool.json"))
-    cells += sum(r["cpu_seconds"] for r in {str(r["setting"]) + r["task"]: r for r in rows if "setting" in r}.values())
+        some = {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
+        tasks.append((Cells(world, args.seeds, min(args.pool, 64), work, not args.publish), some))
+    rows, absent = [], []
+    for cells, of_task in tasks:
+        found, missing = summarise(cells, of_task)
+        rows, absent = rows + found, absent + missing
+    spent = sum(cells.pool(0)["seconds"] for cells, _ in tasks if cells.pool(0))
+    spent += sum({str(r["setting"]) + r["task"]: r["cpu_seconds"] for r in rows if "setting" in r}.values())
     write_report(
         results / "ablations.json",
         {
             "rows": rows,
             "reference": asdict(REFERENCE),
             "settings": {"prompts": args.prompts, "seeds": args.seeds, "pool": args.pool, "num_particles": N},
-            "cpu_seconds": cells,
+            "not_measured": absent,
+            "cpu_seconds": spent,
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {
                 "python": platform.python_version(),
@@ -743,10 +773,14 @@ def main() -> None:
         },
     )
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
-        plot_differences(rows, images / "ablations.png")
-        plot_rounds(rows, images / "ablations_rounds.png")
-        plot_far(rows, images / "ablations_overoptimisation.png")
-        plot_coupling(rows, images / "ablations_coupling.png")
+        for group, plot, name in (
+            ("space", plot_differences, "ablations"),
+            ("rounds", plot_rounds, "ablations_rounds"),
+            ("far", plot_far, "ablations_overoptimisation"),
+            ("coupling", plot_coupling, "ablations_coupling"),
+        ):
+            if any(r["method"].startswith(f"{group}:") for r in rows):
+                plot(rows, images / f"{name}.png")
 
 
 if __name__ == "__main__":

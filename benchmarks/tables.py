@@ -36,6 +36,7 @@ NAMES = {
 
 # Columns of some reports only: key, header, digits.
 MORE = (
+    ("gold_over_reference", "above the reference", 2),
     ("over_at_equal_proxy", "above best-of-n at equal proxy, std of gold", 2),
     ("gold_of_all_over_uncoupled", "gold of all particles above uncoupled", 2),
     ("self_bleu_of_all", "self-BLEU", 0),

@@ -156,6 +156,14 @@ def test_best_of_n_is_level_with_itself():
     assert ablations.at_equal_proxy(cell | {"proxy": [9.0] * 12}, drawn)["over_at_equal_proxy"] is None
 
 
-def test_a_cell_that_is_there_is_not_measured_again(tmp_path):
-    assert ablations.kept(tmp_path / "cell.json", lambda: {"a": 1}) == {"a": 1}
-    assert ablations.kept(tmp_path / "cell.json", lambda: pytest.fail("measured again")) == {"a": 1}
+def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablations, "measure", lambda world, variant, seeds: calls.append(variant) or {"7": {"gold": [1.0]}})
+    world = ablations.World("t", tmp_path, [], None, None, 8, horizon=0)
+    absent = ablations.Cells(world, [0], 8, tmp_path, make=False)
+    assert absent.of(ablations.REFERENCE) is None
+    cells = ablations.Cells(world, [0], 8, tmp_path)
+    for variant in (ablations.REFERENCE, replace(ablations.REFERENCE, horizon=0), ablations.REFERENCE):
+        assert cells.of(variant) == {"7": {"gold": [1.0]}}
+    cells.of(replace(ablations.REFERENCE, horizon=None))
+    assert len(calls) == 2 and absent.of(ablations.REFERENCE) is not None
