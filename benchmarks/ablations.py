@@ -154,8 +154,9 @@ def variants() -> dict[str, dict[str, Variant]]:
             "coupled, no horizon": replace(REFERENCE, horizon=None),
             "coupled, random direction": replace(REFERENCE, random=True),
             **edits,
-            "nearest token": replace(REFERENCE, move="nearest"),
+            "nearest token, step 4": replace(REFERENCE, move="nearest", step_size=4.0),
             "nearest token, one decode": replace(ONCE, move="nearest"),
+            "nearest token, step 4, one decode": replace(ONCE, move="nearest", step_size=4.0),
         },
         "rounds": grid,
         "coupling": {
@@ -517,7 +518,7 @@ def plot_rounds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Gold against generations: best-of-n up to the size of the pool, and the grid of rounds, movers and steps."""
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["method"].startswith("rounds")))
     figure, axes = _figure(
-        5.4 * len(tasks), 4.8, 1, len(tasks), "Rounds, movers and flow steps L, each at 1, 2 and 4 nats (L = 3: 2 and 4)"
+        5.4 * len(tasks), 4.8, 1, len(tasks), "Rounds x movers and flow steps L, each at 1, 2 and 4 nats (L = 3: 2 and 4)"
     )
     styles = {
         (1, 8, 1): (GREY, "s"),
@@ -536,7 +537,7 @@ def plot_rounds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 edges = _bars(r["reward_gold"], r["reward_gold_low"], r["reward_gold_high"])
                 ax.errorbar(
                     r["generations"], r["reward_gold"], yerr=edges, fmt=marker, color=colour, markersize=6, elinewidth=0.8,
-                    label=f"{rounds} rounds, {movers} movers, L = {steps}" if index == 0 else None,
+                    label=f"{rounds} x {movers}, L = {steps}" if index == 0 else None,
                 )  # fmt: skip
         ax.set_xscale("log", base=2)
         ticks = sorted({r["num_particles"] for r in rows if r["task"] == task and r["method"] == "best_of_n"})
@@ -551,6 +552,8 @@ def _best_of_n(ax: Axes, rows: Sequence[Mapping[str, Any]], x: str, several: boo
     most = max(r["members"] for r in rows)
     curve = [r for r in rows if r["method"] == "best_of_n" and (r["members"] == most) == several]
     xs, gold = [r[x] for r in curve], [r["reward_gold"] for r in curve]
+    if not curve:
+        return
     said = f"best-of-n (n up to {curve[-1]['num_particles']})"
     low, high = ([r[f"reward_gold_{end}"] for r in curve] for end in ("low", "high"))
     ax.fill_between(xs, low, high, color=BLUE, alpha=0.15, linewidth=0)
@@ -671,7 +674,8 @@ def summarise(cells: Cells, groups: Groups) -> tuple[list[dict], list[str]]:
     reference = found[str(REFERENCE.rounds)]
     for members, pool in pools.items():
         rows += best_of_n_rows(pool, cells.size, members or several) if pool else []
-    rows.append({**row("vgf", still["1"], STILL, pools[0], several, 1), "kl_budget": 0.0})
+    unmoved = row("vgf", still["1"], STILL, pools[0], several, 1)
+    rows.append({**unmoved, **over_reference(still["1"], reference), "kl_budget": 0.0})
     for group, of_group in groups.items():
         for name, variant in of_group.items():
             measured, pool = cells.of(variant), pools[variant.members]
@@ -725,7 +729,7 @@ def main() -> None:
     )
     parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
-    parser.add_argument("--prompts", default=24, type=int, help="held-out prompts per seed; at most 10 of E2E")
+    parser.add_argument("--prompts", default=16, type=int, help="held-out prompts per seed; at most 10 of E2E")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     parser.add_argument("--pool", default=256, type=int, help="samples per prompt for best-of-n")
     parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
