@@ -35,6 +35,17 @@ NAMES = {
 }
 
 
+# Columns of some reports only: key, header, digits.
+MORE = (
+    ("gold_over_reference", "above the reference", 2),
+    ("over_at_equal_proxy", "above best-of-n at equal proxy, std of gold", 2),
+    ("gold_of_all_over_uncoupled", "gold of all particles above uncoupled", 2),
+    ("self_bleu_of_all", "self-BLEU", 0),
+    ("distinct_2_of_all", "distinct-2", 2),
+    ("cpu_seconds", "CPU s", 0),
+)
+
+
 def name(row: Mapping[str, Any], several: int) -> str:
     """What a reader calls the row; `several` is the usual number of reward models."""
     method = row["method"]
@@ -78,17 +89,30 @@ def table(report: Mapping[str, Any], task: str, methods: list[str]) -> str:
     key, header = ("gold_over_best_of_n", "above best-of-n at equal generations")
     if not any(key in r for r in of_task):
         key, header = ("gain", "above L = 0")
-    lines = [
-        f"| method | generations | gold [95 %] | {header} | proxy | KL account | NLL base |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-    ]
+    more = [column for column in MORE if any(column[0] in r for r in rows)]
+    headers = ["method", "generations", "gold [95 %]", header, "proxy", "KL account", "NLL base", *(said for _, said, _ in more)]
+    lines = ["| " + " | ".join(headers) + " |", "|:--|" + "--:|" * (len(headers) - 1)]
     for r in rows:
-        over = f"{r[key]:+.2f} [{r[f'{key}_low']:+.2f}, {r[f'{key}_high']:+.2f}]" if key in r else "-"
-        lines.append(
-            f"| {name(r, several)} | {r['generations']:.1f} | {r['reward_gold']:.2f} [{r['reward_gold_low']:.2f}, "
-            f"{r['reward_gold_high']:.2f}] | {over} | {r['reward_proxy']:.2f} | {r['kl_nats']:.2f} | {r['nll_base']:.1f} |"
-        )
+        cells = [
+            name(r, several),
+            f"{r['generations']:.1f}",
+            f"{r['reward_gold']:.2f} [{r['reward_gold_low']:.2f}, {r['reward_gold_high']:.2f}]",
+            difference(r, key, 2),
+            f"{r['reward_proxy']:.2f}",
+            "-" if r["kl_nats"] is None else f"{r['kl_nats']:.2f}",
+            f"{r['nll_base']:.1f}",
+            *(difference(r, extra, digits) for extra, _, digits in more),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def difference(row: Mapping[str, Any], key: str, digits: int) -> str:
+    """A value; with its sign and its interval if it has one."""
+    value, low, high = (row.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if low is None or high is None else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def rendered(page: str) -> str:
