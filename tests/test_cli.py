@@ -231,8 +231,11 @@ def test_a_missing_option_or_command_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("name", sorted(cli.RECIPES))
-def test_recipes_are_commands(name, monkeypatch):
+def test_recipes_are_commands(name, monkeypatch, tmp_path):
     import importlib
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("{}\n", encoding="utf-8")
 
     script = importlib.import_module(f"vgf_llm.recipes.{name}")
     seen = []

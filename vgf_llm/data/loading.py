@@ -36,12 +36,12 @@ def load_splits(
     """
     if not name:
         raise ValueError("give --dataset_name: a JSONL file, a directory or a hub id")
+    if Path(name).is_file() and not Path(name).stat().st_size:
+        raise ValueError(f"{name} is empty")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the traceback of what it raises
     try:
         if Path(name).is_file():
-            if not Path(name).stat().st_size:
-                raise ValueError("the file is empty")
             found = load_dataset("json", data_files={splits[0]: name})
         else:
             found = load_dataset(name, config)
