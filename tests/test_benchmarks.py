@@ -9,7 +9,9 @@ import pytest
 from benchmarks import trainer_vs_trl as benchmark
 
 
-SCRIPTS = sorted(path.stem for path in Path(benchmark.__file__).parent.glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(
+    path.stem for path in Path(benchmark.__file__).parent.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "control_speed_jax"])  # which needs JAX
