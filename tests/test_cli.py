@@ -159,6 +159,11 @@ def test_fewer_movers_decode_less(arguments, capsys):
     assert sum(r["generations"] for r in one) < sum(r["generations"] for r in every)
 
 
+def test_an_automatic_budget_is_spent(arguments, capsys):
+    found = records(arguments("--auto", 12), capsys)
+    assert found and all(9 <= r["generations"] <= 16 for r in found)
+
+
 @pytest.fixture
 def calibrated(saved, tmp_path):
     """A copy of the reward model with a calibration beside it."""
@@ -212,6 +217,7 @@ def test_bad_prompts(arguments, tmp_path, capsys, content, says):
         (["--reward-model", "no/such-model"], "cannot load no/such-model"),
         (["--steps", "-1"], "steps"),
         (["--kl-budget", "nan"], "kl_budget"),
+        (["--auto", "0"], "generations must be positive"),
         (["--num-particles", "0"], "num_particles"),
         (["--temperature", "0"], "temperature"),
         (["--movers", "0"], "movers"),

@@ -25,6 +25,8 @@ from vgf_llm.flow import TransportBudget, gradient_of, mmd2, transport
         ({"bandwidth": 0.0, "coupling": "svgd"}, "bandwidth must be positive"),
         ({"max_displacement": 0.0}, "max_displacement must be positive"),
         ({"max_displacement": math.inf}, "max_displacement must be finite"),
+        ({"generations": 0.0}, "generations must be positive"),
+        ({"generations": math.nan}, "generations must be finite"),
         ({"kl_budget": -1.0}, "kl_budget is in nats"),
         ({"kl_budget": None}, "kl_budget must be finite, got None"),
         ({"kl_budget": math.inf}, "kl_budget must be finite, got inf"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import cast
 
@@ -97,10 +97,10 @@ class _Chunk:
     prefix: Prefix  # R rows, of the base model
     reward_prefix: Prefix  # R rows
     state: Decoded  # the particles as they stand
-    rewards: Tensor  # [B, n] of them
-    weight: Tensor  # [B] what a nat of likelihood is worth
     generations: Tensor  # [B] completions decoded so far
     mean_length: Tensor  # [B] of the initial particles
+    rewards: Tensor = field(init=False)  # [B, n] of the particles
+    weight: Tensor = field(init=False)  # [B] what a nat of likelihood is worth
 
 
 class VGFSampler:
@@ -312,8 +312,7 @@ class VGFSampler:
         )
         chunk = _Chunk(
             prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, drawn,
-            torch.empty(0), torch.empty(0), torch.full((len(prompts),), float(n), device=device),
-            drawn.mask.sum(1).view(-1, n).float().mean(1),
+            torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
         )  # fmt: skip
         chunk.rewards = self._score(chunk, torch.arange(len(every), device=device), drawn).view(-1, n)
         # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
