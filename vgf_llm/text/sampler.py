@@ -120,8 +120,8 @@ class VGFSampler:
         reward_model: `DifferentiableReward`, or what it takes: sequence-classification model(s) or path(s).
         processing_class: tokenizer of `model`; needed where a model object is given. Default: loaded from the path.
         temperature, top_k, top_p: of the base distribution (`BaseDistribution`).
-        gradient_at: where the flow takes the gradient (`proxy.evaluation_points`). Default "path", the most faithful of the
-            three in docs/method.md.
+        gradient_at: where the flow takes the gradient (`proxy.evaluation_points`). Default "mixture": "path"
+            foretells single tokens better, but what is decoded from "mixture" scores higher (docs/ablations.md).
         candidates: tokens per position that a tilt may favour: the base model's own top-k. Default 64: every method that
             kept text fluent restricts itself to tens or hundreds (docs/method.md).
         horizon: how many positions after the first change a tilt holds (`decode.redecode`). None: to the end, right where
@@ -150,7 +150,7 @@ class VGFSampler:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        gradient_at: GradientAt = "path",
+        gradient_at: GradientAt = "mixture",
         candidates: int = 64,
         horizon: int | None = 0,
         movers: int | None = None,

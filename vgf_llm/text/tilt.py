@@ -99,7 +99,8 @@ def _advantages(
     log_mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
     tokens, table = sampler.reward.embed(ids), sampler.reward.table
     moves = mask & ~torch.isin(ids, sampler.eos_ids)
-    points = evaluation_points(tokens, tokens, log_mu.exp() @ table, moves, sampler.gradient_at, 0, 1)
+    # Halfway, wherever the sampler's flow looks: the better forecast of one token where the others stay (docs/method.md).
+    points = evaluation_points(tokens, tokens, log_mu.exp() @ table, moves, "path", 0, 1)
     _, gradient = sampler.reward.value_and_grad(prompt_ids, prompt_mask, points, mask)
     neutral = torch.cat([sampler.eos_ids, sampler.eos_ids.new_tensor([sampler.processing_class.pad_token_id])])
     return log_mu, token_advantages(gradient, log_mu, table, moves, neutral), moves
