@@ -2,13 +2,14 @@
 
     python -m benchmarks.ablations                                     models of `vgf demo --scale full`, trained if missing
     python -m benchmarks.ablations --e2e-models DIR --e2e-data DIR     also those of benchmarks/e2e_nlg.py
+    python -m benchmarks.ablations --confirm                           where to take the gradient, on 128 other prompts a task
     python -m benchmarks.ablations --quick                             shows that everything runs, and measures nothing
 
 Every variant differs from one reference (`Variant`) in what its name says, and meets the same prompts with the same initial
 particles; none was tuned. Best-of-n for every n up to 256 comes from one pool of samples. Moves that the library does not have
 are in benchmarks/moves.py. Every cell is kept in `--work`, so that a cut run goes on.
 
-Writes benchmarks/results/ablations.json and docs/img/ablations*.png.
+Writes benchmarks/results/ablations.json and docs/img/ablations*.png; with `--confirm`, ablations_confirmed.json alone.
 """
 
 from __future__ import annotations
@@ -168,6 +169,26 @@ def variants() -> dict[str, dict[str, Variant]]:
             "SVGD on positions, 2 nats": replace(crowd, coupling="svgd"),
         },
         "far": far,
+    }
+
+
+# What `variants` suggested, on prompts that had no part in it.
+CONFIRMING_SEEDS, CONFIRMING_PROMPTS, CONFIRMING_POOL = (600, 601, 602, 603), 32, 64
+
+
+def confirming() -> Groups:
+    """Where the gradient is taken, with one step and with several."""
+    places = {
+        "path": {},
+        "mixture": {"gradient_at": "mixture"},
+        "hidden states": {"move": "hidden"},
+    }
+    return {
+        "confirmed": {
+            f"{name}, L = {steps}, {kl:g} nats": replace(REFERENCE, steps=steps, kl_budget=kl, **place)  # type: ignore[arg-type]
+            for name, place in places.items()
+            for steps, kl in ((1, 2.0), (1, 4.0), (3, 4.0))
+        }
     }
 
 
@@ -734,6 +755,7 @@ def main() -> None:
     parser.add_argument("--pool", default=256, type=int, help="samples per prompt for best-of-n")
     parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
     parser.add_argument("--publish", action="store_true", help="measure nothing more; what is absent is named in the report")
+    parser.add_argument("--confirm", action="store_true", help="where to take the gradient, on prompts of other seeds")
     parser.add_argument("--quick", action="store_true", help="one task, tiny models, few prompts; writes to --work only")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -741,10 +763,15 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quick:
         args.prompts, args.seeds, args.pool = 2, [0], 16
-    work = args.work or ROOT / "outputs" / "ablations" / ("quick" if args.quick else f"{args.prompts}x{len(args.seeds)}")
+    elif args.confirm:
+        args.prompts, args.seeds, args.pool = CONFIRMING_PROMPTS, list(CONFIRMING_SEEDS), CONFIRMING_POOL
+    kind = "quick" if args.quick else "confirmed" if args.confirm else f"{args.prompts}x{len(args.seeds)}"
+    work = args.work or ROOT / "outputs" / "ablations" / kind
     results, images = (work, work) if args.quick else (ROOT / "benchmarks" / "results", ROOT / "docs" / "img")
 
-    groups: Groups = shortened(variants()) if args.quick else variants()
+    groups: Groups = confirming() if args.confirm else variants()
+    if args.quick:
+        groups = shortened(groups)
     tasks = [
         (Cells(world, args.seeds, args.pool, work, not args.publish), groups)
         for world in embedded_worlds(args.models, args.quick, args.prompts)
@@ -761,7 +788,7 @@ def main() -> None:
     spent = sum(cells.pool(0)["seconds"] for cells, _ in tasks if cells.pool(0))
     spent += sum({str(r["setting"]) + r["task"]: r["cpu_seconds"] for r in rows if "setting" in r}.values())
     write_report(
-        results / "ablations.json",
+        results / ("ablations_confirmed.json" if args.confirm else "ablations.json"),
         {
             "rows": rows,
             "reference": asdict(REFERENCE),
