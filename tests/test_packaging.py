@@ -1,13 +1,18 @@
 """Wheel and source archive hold what an installed package needs, and nothing is missing where they are installed."""
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
+
+from tests import lowest
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,3 +61,46 @@ def test_the_wheel_is_enough(built, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines()[0] == str(tmp_path / "vgf_llm" / "__init__.py") and "vgf_llm " in result.stdout
+
+
+def test_every_dependency_has_bounds_and_a_tested_version_within():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked = project["dependencies"] + [name for extra in ("control", "serve", "quantization", "judge") for name in extras[extra]]
+    numbers, pinned = {}, lowest.pinned()
+    for line in asked:
+        found = lowest.BOUNDED.fullmatch(line)
+        assert found and found["below"], line
+        tested = pinned[found["name"].lower()]
+        low, high = ([int(part) for part in version.split(".")] for version in (found["lowest"], tested))
+        assert low <= high and high[0] < int(found["below"]), line
+        numbers[found["name"].lower()] = found["lowest"]
+    assert lowest.lowest() == numbers
+
+
+def dependencies(name, found):
+    """Metadata by name of everything installed that `name`, with any extra, asks for, and of what that asks for."""
+    for line in requires(name) or []:
+        needed = re.match(r"[\w.-]+", line)[0].lower().replace("_", "-")
+        if needed in found:
+            continue
+        try:
+            found[needed] = metadata(needed)
+        except PackageNotFoundError:  # of another system, or of an extra that is not installed
+            continue
+        dependencies(needed, found)
+    return found
+
+
+def licence(about):
+    names = [line for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
+    return about.get("License-Expression") or "; ".join(names) or about.get("License") or ""
+
+
+def test_no_dependency_is_under_a_licence_that_would_bind_what_imports_it():
+    licences = {name: licence(about) for name, about in dependencies("vgf_llm", {}).items()}
+    assert len(licences) > 40
+    assert [name for name, text in licences.items() if not text] == []
+    # LGPL and MPL would pass: they bind changes of the library alone.
+    bound = re.compile(r"\bA?GPL|GNU (Affero )?General Public|SSPL|Server Side Public|Business Source|CC-BY-NC")
+    assert {name: text for name, text in licences.items() if bound.search(text)} == {}
