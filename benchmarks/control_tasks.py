@@ -1,12 +1,13 @@
 """VGF beside its baselines on tasks a CPU can learn: pendulum offline, pendulum offline-to-online, a generated point maze.
 
-    python -m benchmarks.control_tasks pendulum     # table of algorithms, and savings with their learning curves
+    python -m benchmarks.control_tasks pendulum     # table of algorithms
+    python -m benchmarks.control_tasks savings      # learning curves with frozen behaviour, bfloat16 and both, five seeds
     python -m benchmarks.control_tasks online       # offline-to-online
     python -m benchmarks.control_tasks pointmaze    # OGBench's code path; needs the extra vgf_llm[control]
     python -m benchmarks.control_tasks maze_online  # offline-to-online there
 
-Three seeds side by side, every VGF figure beside its L = 0 column. Writes benchmarks/results/control_*.json and
-docs/img/control_*.png. One thread; some minutes each.
+Three seeds side by side (five for the savings), every VGF figure beside its L = 0 column. Writes
+benchmarks/results/control_*.json and docs/img/control_*.png. One thread; some minutes each.
 """
 
 import dataclasses
@@ -66,9 +67,15 @@ PENDULUM_RUNS = {
         "train": TransportBudget(steps=2, step_size=0.1),
         "test": TransportBudget(steps=2, step_size=0.1),
     },
-    "VGF, frozen behaviour": {"behaviour_steps": 1000},
-    "VGF, bfloat16": {"precision": "bf16"},
-    "VGF, frozen behaviour and bfloat16": {"behaviour_steps": 1000, "precision": "bf16"},
+}
+FIVE = (0, 1, 2, 3, 4)
+# The behaviour is fitted as often as it would be in the run itself, and a third as often.
+SAVING_RUNS: dict[str, dict[str, Any]] = {
+    "VGF": {},
+    "bfloat16": {"precision": "bf16"},
+    "frozen behaviour": {"behaviour_steps": 3000},
+    "frozen behaviour and bfloat16": {"behaviour_steps": 3000, "precision": "bf16"},
+    "frozen behaviour after 1000 fits": {"behaviour_steps": 1000},
 }
 
 
@@ -76,22 +83,30 @@ def prepared(agent: Any, data: OfflineDataset) -> ReplayBuffer:
     """The buffer of a run; with a frozen behaviour, that is fitted first and its particles are cached."""
     config = agent.config
     columns = data.n_step(config.n_step, config.discount)
-    buffer = ReplayBuffer(columns, len(SEEDS))
+    buffer = ReplayBuffer(columns, len(agent.seeds))
     if not config.behaviour_steps:
         return buffer
     assert isinstance(agent, VGFAgent)
     for _ in range(config.behaviour_steps):
         agent.update_behaviour(buffer.sample(config.batch_size, agent.noise))
-    return ReplayBuffer(columns, len(SEEDS), particles=cache_particles(agent, columns["next_obs"]))
+    return ReplayBuffer(columns, len(agent.seeds), particles=cache_particles(agent, columns["next_obs"]))
 
 
 def study(
-    env_name: str, data: OfflineDataset, config: AgentConfig, updates: int, parts: int, steps: tuple[int, ...], episodes: int
+    env_name: str,
+    data: OfflineDataset,
+    config: AgentConfig,
+    updates: int,
+    parts: int,
+    steps: tuple[int, ...],
+    episodes: int,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> tuple[Any, dict[str, Any]]:
     """Train in `parts`, test after each: the agent, its curve at L_test = 0 and 3, and its last scores at all budgets."""
-    agent = AGENTS[config.algorithm](data.obs_dim, data.action_dim, config, SEEDS)
+    agent = AGENTS[config.algorithm](data.obs_dim, data.action_dim, config, seeds)
+    start = time.process_time()
     loop = UpdateLoop(agent, prepared(agent, data), graph=False)
-    seconds, curve = 0.0, []
+    before, seconds, curve = time.process_time() - start, 0.0, []
     for part in range(1, parts + 1):
         start = time.process_time()
         loop.run(updates // parts)
@@ -105,7 +120,7 @@ def study(
         lengths = {str(k): result.lengths[:, i].mean(-1).tolist() for i, k in enumerate(tested)}
         curve.append({"updates": part * updates // parts, "scores": scores})
     ms = 1000 * seconds / updates
-    return agent, {"cpu_ms_per_update": ms, "curve": curve, "scores": scores, "lengths": lengths}
+    return agent, {"cpu_seconds_before": before, "cpu_ms_per_update": ms, "curve": curve, "scores": scores, "lengths": lengths}
 
 
 def show(name: str, row: dict[str, Any]) -> None:
@@ -138,6 +153,31 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"mean": mean(values), "low": mean(values) - half, "high": mean(values) + half}
 
 
+def savings(updates: int = 3000, episodes: int = 20) -> dict[str, Any]:
+    """Pendulum: learning curves with each saving, and by seed how far they are from those without, L = 0 and 3."""
+    data = collect(0).rescaled(0.1)
+    rows: dict[str, Any] = {}
+    for name, changes in SAVING_RUNS.items():
+        config = dataclasses.replace(PENDULUM, **changes)
+        _, rows[name] = study("pendulum", data, config, updates, 6, (0, 3), episodes, FIVE)
+        show(name, rows[name])
+    plain = rows["VGF"]["curve"]
+    for name, row in rows.items():
+        if name == "VGF":
+            continue
+        row["difference"] = {}
+        for k in ("0", "3"):
+            by_seed = [
+                [b - a for a, b in zip(one["scores"][k], other["scores"][k], strict=True)]
+                for one, other in zip(plain, row["curve"], strict=True)
+            ]
+            found = {str(part["updates"]): interval(d) for part, d in zip(plain, by_seed, strict=True)}
+            found["mean of the curve"] = interval([mean(seed) for seed in zip(*by_seed, strict=True)])
+            row["difference"][k] = found
+        print(name, json.dumps(row["difference"]), flush=True)
+    return {"updates": updates, "episodes": episodes, "runs": rows}
+
+
 # How a batch is drawn online, beside as many updates without any new transition.
 ONLINE_RUNS: dict[str, dict[str, Any]] = {
     "symmetric replay": {"online_share": 0.5},
@@ -147,7 +187,7 @@ ONLINE_RUNS: dict[str, dict[str, Any]] = {
 
 
 def online_study(base: TrainConfig, ylabel: str) -> dict[str, Any]:
-    """Each of `ONLINE_RUNS`: scores along the way, and by seed what the last evaluation gained on that at the switch."""
+    """Each of `ONLINE_RUNS`: scores and returns along the way, and by seed what the last return gained on that at the switch."""
     rows: dict[str, Any] = {}
     for name, changes in ONLINE_RUNS.items():
         config = dataclasses.replace(base, **changes)
@@ -155,15 +195,16 @@ def online_study(base: TrainConfig, ylabel: str) -> dict[str, Any]:
             config = dataclasses.replace(config, updates=base.updates + base.online_steps)
         with tempfile.TemporaryDirectory() as folder:
             train(config, folder, say=lambda line: print(line, flush=True))
-            scores = read_scores(Path(folder) / "scores.csv")
-        gains = {k: [b - a for a, b in zip(c[base.updates], c[max(c)], strict=True)] for k, c in scores.items()}
+            scores, returns = (read_scores(Path(folder) / "scores.csv", column) for column in ("score", "return"))
+        gains = {k: [b - a for a, b in zip(c[base.updates], c[max(c)], strict=True)] for k, c in returns.items()}
         rows[name] = {
             "scores": {str(k): {str(u): v for u, v in curve.items()} for k, curve in scores.items()},
+            "returns": {str(k): {str(u): v for u, v in curve.items()} for k, curve in returns.items()},
             "gain": {str(k): {"seeds": gain, **interval(gain)} for k, gain in gains.items()},
         }
         print(name, json.dumps(rows[name]), flush=True)
         if name == "symmetric replay":
-            plot_learning(scores, IMAGES / f"control_{base.env.split('-')[0]}_online.png", base.updates, ylabel)
+            plot_learning(returns, IMAGES / f"control_{base.env.split('-')[0]}_online.png", base.updates, ylabel)
     return {"updates": base.updates, "online_steps": base.online_steps, "episodes": base.eval_episodes, "runs": rows}
 
 
@@ -179,8 +220,11 @@ def online(updates: int = 1500, steps: int = 3000) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def maze_online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
-    """The same in a point maze: third task of pointmaze-medium-navigate, 50 generated episodes, acting and exploring at L = 0."""
+def maze_online(updates: int = 5000, steps: int = 3000) -> dict[str, Any]:
+    """The same in a point maze: third task of pointmaze-medium-navigate, 50 generated episodes, acting and exploring at L = 0.
+
+    The return is minus the number of steps to the goal: it still tells agents apart that always arrive.
+    """
     from vgf_llm.control.generate import generate
 
     warnings.filterwarnings("ignore")
@@ -195,10 +239,10 @@ def maze_online(updates: int = 1500, steps: int = 1500) -> dict[str, Any]:
         return online_study(
             TrainConfig(
                 env="pointmaze-medium-navigate-singletask-task3-v0", dataset=str(path), agent=agent, reward_scale=0.1,
-                seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=500, eval_episodes=10,
-                eval_steps=(0,), log_every=500, save_every=0, device="cpu", max_envs=30, env_processes=False,
+                seeds=SEEDS, updates=updates, online_steps=steps, online_start=500, eval_every=1000, eval_episodes=10,
+                eval_steps=(0,), log_every=1000, save_every=0, device="cpu", max_envs=30, env_processes=False,
             ),
-            "success in %",
+            "return: minus the steps to the goal",
         )  # fmt: skip
 
 
@@ -294,7 +338,7 @@ def pointmaze(updates: int = 5000, episodes: int = 10) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"pendulum": pendulum, "online": online, "pointmaze": pointmaze, "maze_online": maze_online}
+    parts = {"pendulum": pendulum, "savings": savings, "online": online, "pointmaze": pointmaze, "maze_online": maze_online}
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         raise SystemExit(__doc__)
     torch.set_num_threads(1)
@@ -302,7 +346,7 @@ def main() -> None:
         "benchmark": f"control_{sys.argv[1]}",
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "seeds": list(SEEDS),
+        "seeds": list(FIVE if sys.argv[1] == "savings" else SEEDS),
         **parts[sys.argv[1]](),
     }
     target = ROOT / "benchmarks" / "results" / f"control_{sys.argv[1]}.json"

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from vgf_llm.control import Agent, AgentConfig, Batch, VGFAgent, load_agent
+from vgf_llm.control import Agent, AgentConfig, Batch, VGFAgent, load_agent, networks
 from vgf_llm.control.baselines import AGENTS
 from vgf_llm.flow import TransportBudget, best_of_n
 
@@ -176,6 +176,21 @@ def test_an_anchor_holds_particles_back():
     anchored = TransportBudget(steps=5, step_size=1e-4, normalize="none")
     near = (held.carry(obs, particles, anchored).particles - particles[0]).norm(dim=-1).mean()
     assert near < 0.5 * far
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_wide_layers_member_by_member_are_the_batched_ones(layer_norm, monkeypatch):
+    """Values and all gradients."""
+    net = networks.StackedMLP(2, 3, 2, 4, (256, 256), layer_norm, networks.SeededNoise((0, 1)))
+    obs = torch.randn(2, 30, 3)
+    found = []
+    for narrowest in (257, 256):
+        monkeypatch.setattr(networks, "ONE_BY_ONE", narrowest)
+        x = torch.linspace(-1, 1, 2 * 30 * 5 * 2).view(2, 30, 5, 2).requires_grad_()
+        values = net(net.context(obs), x)
+        found.append((values, *torch.autograd.grad(values.square().sum(), [x, *net.parameters()])))
+    for batched, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, batched, rtol=1e-4, atol=1e-4)
 
 
 def test_cached_particles_replace_the_behaviour_in_an_update():

@@ -7,6 +7,7 @@ import torch
 
 from vgf_llm.control import AgentConfig, OfflineDataset, TrainConfig, load_agent, train, training
 from vgf_llm.control.pendulum import collect
+from vgf_llm.control.plots import read_scores
 from vgf_llm.flow import TransportBudget
 
 
@@ -81,6 +82,8 @@ def test_what_a_run_leaves(tmp_path):
     assert [(r["updates"], r["seed"], r["test_steps"]) for r in scores] == [
         (u, s, k) for u in ("6", "12") for s in "01" for k in "01"
     ]
+    lengths = read_scores(tmp_path / "run" / "scores.csv", "length")
+    assert lengths == {k: {6: [200.0, 200.0], 12: [200.0, 200.0]} for k in (0, 1)}
     loaded = load_agent(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(ValueError, match="holds a run already"):

@@ -29,8 +29,8 @@ BEFORE: dict[str, Any] = {
 AFTER: dict[str, Any] = {"s": 10, "color": "#c44e52", "linewidths": 0, "label": "after", "zorder": 4}
 
 
-def read_scores(path: str | Path) -> dict[int, dict[int, list[float]]]:
-    """`scores[L_test][updates]`: the scores of the seeds, from `scores.csv`.
+def read_scores(path: str | Path, column: str = "score") -> dict[int, dict[int, list[float]]]:
+    """`scores[L_test][updates]`: the scores of the seeds, from `scores.csv`; or another of its columns, such as "return".
 
     Raises:
         OSError, ValueError: the file is missing, or has no scores.
@@ -38,7 +38,7 @@ def read_scores(path: str | Path) -> dict[int, dict[int, list[float]]]:
     scores: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     with Path(path).open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            scores[int(row["test_steps"])][int(row["updates"])].append(float(row["score"]))
+            scores[int(row["test_steps"])][int(row["updates"])].append(float(row[column]))
     if not scores:
         raise ValueError(f"{path} holds no scores yet")
     return {steps: dict(curve) for steps, curve in sorted(scores.items())}
