@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
     parser.add_argument("--steps", default=2000, type=int, help="training steps of the base model")
     parser.add_argument("--pairs", default=4000, type=int, help="preference pairs per reward model")
-    parser.add_argument("--prompts", default=10, type=int, help="held-out meaning representations per seed")
+    parser.add_argument("--prompts", default=32, type=int, help="held-out meaning representations per seed")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
     console, started = Console(), time.perf_counter()
