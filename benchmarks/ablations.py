@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import moves
+from benchmarks.diagnose import newest
 from benchmarks.e2e_nlg import MAX_COMPLETION as E2E_LENGTH
 from benchmarks.e2e_nlg import gold as e2e_gold
 from vgf_llm.data import reviews
@@ -720,8 +721,8 @@ def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]
         built = build_world(ROOT / "outputs" / ("quick" if quick else "full") / "models", settings, print)
         base, rewards = built.base, built.rewards
     else:
-        (base,) = models.glob("base-*")
-        rewards = {name: sorted(models.glob(f"reward-{name}-*")) for name in reviews.GOLD}
+        base = newest(models, "base")
+        rewards = {name: [newest(models, f"reward-{name}-{k}") for k in range(3)] for name in reviews.GOLD}
     return [
         World(
             name, base, rewards[name], gold, partial(lambda seed, name: reviews.generate_prompts(count, seed, name), name=name),
@@ -733,13 +734,12 @@ def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]
 
 def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int]) -> World:
     """The held-out meaning representations of benchmarks/e2e_nlg.py."""
-    (base,) = models.glob("base-*")
     _, held_out = split_by_mr(load_e2e(data), seed=0, held_out=10 * len(seeds))
     prompts = sorted({format_prompt(e.slots) for e in held_out})
     random.Random(0).shuffle(prompts)
     return World(
-        "e2e", base, sorted(models.glob("reward-[0-9]-*")), e2e_gold, lambda seed: prompts[10 * seed : 10 * seed + count],
-        E2E_LENGTH, 0,
+        "e2e", newest(models, "base"), [newest(models, f"reward-{k}") for k in range(3)], e2e_gold,
+        lambda seed: prompts[10 * seed : 10 * seed + count], E2E_LENGTH, 0,
     )  # fmt: skip
 
 

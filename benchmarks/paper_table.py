@@ -29,6 +29,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
+from benchmarks.diagnose import newest
 from benchmarks.trainer_vs_trl import GENERATIONS, PROMPTS_PER_STEP, RATES, Job, as_function, best_and_worst, shared
 from vgf_llm.data import reviews
 from vgf_llm.evaluation.demo import SCALES
@@ -113,8 +114,8 @@ def main() -> None:
         world = build_world(ROOT / "outputs" / "full" / "models", SCALES["full"].settings, print)
         base, judge, rewards = world.base, world.judge, world.rewards[TASK]
     else:
-        base, judge = args.models / "base", args.models / "judge"
-        rewards = sorted(args.models.glob(f"reward-{TASK}-*"))
+        base, judge = newest(args.models, "base"), newest(args.models, "judge")
+        rewards = [newest(args.models, f"reward-{TASK}-{k}") for k in range(3)]
     calibration = [tuple(json.loads((path / "calibration.json").read_text())) for path in rewards]
     job = Job(
         TASK, reviews.GOLD[TASK], base, rewards, calibration,
