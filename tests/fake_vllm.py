@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from vgf_llm.text import decode
 from vgf_llm.text.decode import BaseDistribution
+from vgf_llm.trainer.replica import unsharded_loading
 
 
 class Weights:
     """A model as an engine holds it, and all that was done to it."""
 
     def __init__(self, path):
-        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        with unsharded_loading():  # which a real engine need not care for: it has a loader of its own
+            self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.drawn = 0  # prompts so far
         self.calls = []  # what `draw` was given, without the prompts
         self.syncs = 0

@@ -333,7 +333,9 @@ class VGFTrainer(Trainer):
         if "policy" not in self._samplers:
             if self._whole is None:  # sharded, full weights: the first use makes the copy
                 self._whole = copy.deepcopy(self._samplers["reference"].model)
+            training = self.model.training
             self._samplers["policy"] = self._make_sampler(self._whole)
+            self.model.train(training)  # the sampler puts its model into eval mode
         if self._sharded:
             copy_weights(self.model, self._whole, zero3=self._zero3, adapters_only=self.is_peft)
 
