@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tests import tiny
+from tests import fake_vllm, tiny
 from vgf_llm import VGFConfig, VGFTrainer
 
 
@@ -59,6 +59,9 @@ SCENARIOS = {
         "lora": True, "target": "weighted", "best_k": 2, "particle_source": "policy", "reward": "function",
         "max_steps": 4, "save_strategy": "steps", "save_steps": 3,
     },
+    # Compared with one process that draws by itself.
+    "full_vllm_server": {"vllm": "server", "particle_source": "policy"},
+    "lora_vllm_colocate": {"vllm": "colocate", "lora": True, "particle_source": "policy"},
 }  # fmt: skip
 
 
@@ -74,7 +77,11 @@ def make_trainer(folder, name, saved, world, **changes):
     scenario = SCENARIOS.get(name, {}) | changes
     if world == 1:
         scenario.pop("reward_model_sharding", None)
-    lora, reward = scenario.pop("lora", False), scenario.pop("reward", "model")
+    lora, reward, vllm = scenario.pop("lora", False), scenario.pop("reward", "model"), scenario.pop("vllm", None)
+    if vllm and world > 1:
+        fake_vllm.install(setattr)
+        fake_vllm.VLLMClient.path = saved / "lm"
+        scenario |= {"use_vllm": True, "vllm_mode": vllm}
     modules = lora if isinstance(lora, list) else "all-linear"
     tokenizer = tiny.tokenizer()
     rewards = {
@@ -84,7 +91,7 @@ def make_trainer(folder, name, saved, world, **changes):
         "too few": too_few_on_the_second_process,
     }
     dataset = Dataset.from_list([{"prompt": prompt, "index": index} for index, prompt in enumerate(PROMPTS)])
-    return VGFTrainer(
+    trainer = VGFTrainer(
         model=str(saved / "lm"),
         reward_funcs=rewards[reward],
         args=VGFConfig(str(folder / f"{name}-{world}"), **settings | scenario),
@@ -93,6 +100,23 @@ def make_trainer(folder, name, saved, world, **changes):
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM") if lora else None,
     )
+    if vllm and world > 1:
+        follow_the_stream(trainer, vllm, world)
+    return trainer
+
+
+def follow_the_stream(trainer, vllm, world):
+    """Which noise the fake engine has for the n-th prompt it gets: that of its place in the stream of prompts."""
+    rank, size = trainer.args.process_index, trainer.args.prompts_per_phase
+    if vllm == "server" and rank > 0:
+        return  # the first process alone talks to the server, for all
+    ranks = range(world) if vllm == "server" else [rank]
+
+    def seed(number):
+        phase, index = divmod(number, size * len(ranks))
+        return trainer._seed([place for r in ranks for place in trainer._order.places(phase, r)][index])
+
+    (fake_vllm.VLLMClient if vllm == "server" else fake_vllm.LLM).last.weights.seed = seed
 
 
 def run(folder, name, saved, world):

@@ -137,6 +137,77 @@ def test_rewards_are_those_of_the_emitted_tokens():
                     assert float(particles.rewards[b, n]) == pytest.approx(float(score), abs=1e-4)
 
 
+# Completions that another engine drew
+
+
+@given(case=st.integers(0, 10**9))
+@settings(max_examples=15)
+def test_completions_of_another_engine_are_moved_as_if_they_had_been_drawn_here(case):
+    """Given what the sampler itself would have drawn, whatever else is in the call."""
+    rng = random.Random(case)
+    sampler = rng.choice([*SAMPLERS.values(), ENSEMBLE])
+    prompts, n, seed, budget = rng.sample(PROMPTS, 3), rng.randint(1, 4), rng.randrange(1000), random_budget(rng)
+    drawn = sampler.sample(prompts, n, budget, LENGTH, seed)
+    order = rng.sample(range(3), rng.randint(1, 3))  # other batch mates
+    given_ids = [drawn.initial.completion_ids[b] for b in order]
+    output = sampler.sample([prompts[b] for b in order], n, budget, LENGTH, seed, initial=given_ids)
+    for place, b in enumerate(order):
+        assert result_of(output, place) == result_of(drawn, b)
+        torch.testing.assert_close(numbers_of(output, place), numbers_of(drawn, b), atol=2e-4, rtol=2e-4)
+
+
+def test_given_completions_do_not_depend_on_the_chunk_and_fresh_ones_follow_them():
+    budget = TransportBudget(steps=2, step_size=0.3, kl_budget=1.0, rounds=8, generations=12.0)
+    drawn = SAMPLERS["llama"].sample(PROMPTS, 4, budget, LENGTH, 5)
+    for size in (4, 8, 64):
+        sampler = build(flow_batch_size=size)
+        sampler.model, sampler.reward = SAMPLERS["llama"].model, SAMPLERS["llama"].reward
+        output = sampler.sample(PROMPTS, 4, budget, LENGTH, 5, initial=drawn.initial.completion_ids)
+        for b in range(len(PROMPTS)):
+            assert result_of(output, b) == result_of(drawn, b)
+
+
+def test_given_completions_need_not_be_likely_and_are_verified_like_others():
+    sampler = SAMPLERS["qwen2"]
+    texts = [[TOKENIZER(text)["input_ids"] + [EOS] for text in ("bad bad", "good")] for _ in PROMPTS]
+    output = sampler.sample(PROMPTS, 2, BUDGET, LENGTH, 0, initial=texts)
+    assert output.initial.completion_ids == texts
+    assert (output.rewards >= output.initial.rewards.amax(1)).all()
+    ids = torch.tensor([TOKENIZER(PROMPTS[0])["input_ids"] + texts[0][0]])
+    with torch.no_grad():
+        log_mu = sampler.model(ids).logits[0, -len(texts[0][0]) - 1 : -1].log_softmax(-1)
+    expected = log_mu.gather(-1, torch.tensor(texts[0][0])[:, None]).sum()
+    torch.testing.assert_close(output.initial.logprobs[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("initial", "message"),
+    [
+        ([[[8, EOS]]], r"2 completions \(num_particles\) for each of 2 prompts, got \[1\] completions for 1 prompts"),
+        ([[[8, EOS]] * 2, [[8, EOS]]], r"got \[2, 1\]"),
+        ([[[8, EOS]] * 2, [[8, EOS], []]], r"initial\[1\]\[1\] has 0 tokens; it must have 1 to 7"),
+        ([[[8] * 8] * 2] * 2, r"initial\[0\]\[0\] has 8 tokens"),
+        ([[[8, VOCAB, EOS]] * 2] * 2, rf"has the token {VOCAB}, but the tokenizer has {VOCAB} tokens"),
+        ([[[-1, EOS]] * 2] * 2, "has the token -1"),
+        ([[[8, EOS, 8, 8, 8, 8, 8]] * 2] * 2, "goes on after an end-of-sequence token"),
+        ([[[8, 8]] * 2] * 2, r"ends after 2 of 7 tokens without an end-of-sequence token \(\[2\]\)"),
+    ],
+)
+def test_given_completions_that_nothing_can_have_drawn_are_refused(initial, message):
+    with pytest.raises(ValueError, match=message):
+        SAMPLERS["llama"].sample(PROMPTS[:2], 2, BUDGET, LENGTH, 0, initial=initial)
+
+
+def test_given_completions_outside_of_the_base_distribution_are_refused():
+    sampler = build(top_k=1, flow_batch_size=1)
+    likeliest = sampler.sample(PROMPTS[:2], 1, BUDGET, LENGTH, 0).initial.completion_ids
+    sampler.sample(PROMPTS[:2], 1, BUDGET, LENGTH, 0, initial=likeliest)
+    other = 8 if likeliest[1][0][2] != 8 else 9
+    likeliest[1][0] = [*likeliest[1][0][:2], other, EOS]
+    with pytest.raises(ValueError, match=rf"initial\[1\]\[0\] has the token {other} at position 2, .* never says.*top_k=1"):
+        sampler.sample(PROMPTS[:2], 1, BUDGET, LENGTH, 0, initial=likeliest)
+
+
 # Independence
 
 

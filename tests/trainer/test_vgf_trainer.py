@@ -241,6 +241,12 @@ def test_a_prompt_that_comes_again_gets_other_particles(make_trainer):
 # ---- Reference and policy -------------------------------------------------------------------------------------------
 
 
+def test_the_first_phase_of_the_policy_leaves_it_in_training_mode(make_trainer):
+    trainer = make_trainer(particle_source="policy", max_steps=1)
+    trainer.train()
+    assert len(logged(trainer, "flow/reward_gain")) == 1  # metrics of training are logged in training mode
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_particles_come_from_the_model_as_it_was(make_trainer, lora, adapters):
     trainer = make_trainer(max_steps=4, peft_config=lora if adapters else None)

@@ -198,6 +198,7 @@ class VGFSampler:
         max_completion_length: int = 64,
         seed: int | Sequence[int] = 0,
         *,
+        initial: Sequence[Sequence[Sequence[int]]] | None = None,
         verify: bool = True,
         direction: Direction | None = None,
         scorer: Scorer | None = None,
@@ -211,6 +212,9 @@ class VGFSampler:
             budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend.
             max_completion_length: T, in tokens.
             seed: of the noise, one for all prompts or one per prompt: equal prompts with equal seeds get equal particles.
+            initial: [B][N] token ids of completions that another engine drew from the base distribution, taken for the initial
+                particles instead of drawing them. Each ends with its end-of-sequence token, or is as long as T and has none. The
+                base model reads them once, for their log-probabilities; everything else is as if it had drawn them.
             verify: a particle moves only if its reward rises (see `likelihood_weight`), and the initial particles stay in the
                 selection. False gives the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
@@ -219,7 +223,7 @@ class VGFSampler:
 
         Raises:
             ValueError: no prompt, N < 1, another number of seeds than of prompts, a prompt that does not fit the context, a
-                reward that is not finite.
+                reward that is not finite, or completions in `initial` that the base distribution cannot have said.
         """
         budget = TransportBudget() if budget is None else budget
         if num_particles < 1:
@@ -228,6 +232,8 @@ class VGFSampler:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompt_ids)
         if len(seeds) != len(prompt_ids):
             raise ValueError(f"seed must be one number or one per prompt, got {len(seeds)} for {len(prompt_ids)} prompts")
+        if initial is not None:
+            self._check_initial(initial, len(prompt_ids), num_particles, max_completion_length)
         per_chunk = max(1, self.flow_batch_size // num_particles)
         chunks = [slice(i, i + per_chunk) for i in range(0, len(prompt_ids), per_chunk)]
         parts = [
@@ -237,6 +243,7 @@ class VGFSampler:
                 budget,
                 max_completion_length,
                 seeds[chunk],
+                None if initial is None else initial[chunk],
                 verify,
                 direction,
                 scorer,
@@ -254,14 +261,15 @@ class VGFSampler:
         budget: TransportBudget,
         length: int,
         seeds: list[int],
+        initial: Sequence[Sequence[Sequence[int]]] | None,
         verify: bool,
         direction: Direction | None,
         scorer: Scorer | None,
         start: int,
     ) -> VGFOutput:
         """One chunk of B prompts, on R = B * N rows. `start`: index of its first prompt in the call."""
-        chunk = self._draw_chunk(prompts, n, length, seeds, scorer, start)
-        initial, rewards = chunk.state, chunk.rewards
+        chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start)
+        drawn, rewards = chunk.state, chunk.rewards
         traces: list[Trace] = []
         rounds = 0 if budget.is_zero else budget.rounds
         movers = n if self.movers is None else min(self.movers, n)
@@ -283,7 +291,7 @@ class VGFSampler:
         state, state_rewards = chunk.state, chunk.rewards
         # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
         pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
-        first, last = self._particles(initial, rewards), self._particles(state, state_rewards)
+        first, last = self._particles(drawn, rewards), self._particles(state, state_rewards)
         selected = best_of_n(pool)
         texts = [(t + i)[k] for t, i, k in zip(last.completions, first.completions, selected.tolist(), strict=True)]
         tokens = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
@@ -299,17 +307,27 @@ class VGFSampler:
         )
 
     def _draw_chunk(
-        self, prompts: list[list[int]], n: int, length: int, seeds: list[int], scorer: Scorer | None, start: int
+        self,
+        prompts: list[list[int]],
+        n: int,
+        length: int,
+        seeds: list[int],
+        initial: Sequence[Sequence[Sequence[int]]] | None,
+        scorer: Scorer | None,
+        start: int,
     ) -> _Chunk:
-        """Read the prompts and draw their particles."""
+        """Read the prompts and draw their particles, or take those given."""
         device = self.model.device
         ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
         prefix, reward_prefix = decode.read_prompts(self.model, ids, mask).deal(every), self.reward.read(ids, mask).deal(every)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
-        drawn = decode.sample(
-            self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
-        )
+        if initial is None:
+            drawn = decode.sample(
+                self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
+            )
+        else:
+            drawn = self._read_initial(initial, prefix, length, start)
         chunk = _Chunk(
             prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, drawn,
             torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
@@ -318,6 +336,50 @@ class VGFSampler:
         # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
         chunk.weight = self.likelihood_weight * chunk.rewards.std(1, correction=0)
         return chunk
+
+    def _check_initial(self, initial: Sequence[Sequence[Sequence[int]]], prompts: int, n: int, length: int) -> None:
+        counts = [len(row) for row in initial]
+        if counts != [n] * prompts:
+            raise ValueError(
+                f"initial must hold {n} completions (num_particles) for each of {prompts} prompts, got {counts} completions for "
+                f"{len(counts)} prompts"
+            )
+        ends, vocabulary = set(self.eos_ids.tolist()), len(self.processing_class)
+        for b, row in enumerate(initial):
+            for i, completion in enumerate(row):
+                place = f"initial[{b}][{i}]"
+                if not 1 <= len(completion) <= length:
+                    raise ValueError(f"{place} has {len(completion)} tokens; it must have 1 to {length} (max_completion_length)")
+                foreign = [token for token in completion if not 0 <= token < vocabulary]
+                if foreign:
+                    raise ValueError(f"{place} has the token {foreign[0]}, but the tokenizer has {vocabulary} tokens")
+                if any(token in ends for token in completion[:-1]):
+                    raise ValueError(f"{place} goes on after an end-of-sequence token")
+                if len(completion) < length and completion[-1] not in ends:
+                    raise ValueError(
+                        f"{place} ends after {len(completion)} of {length} tokens without an end-of-sequence token "
+                        f"({sorted(ends)}): leave that token in, and let what drew it stop nowhere else"
+                    )
+
+    def _read_initial(self, initial: Sequence[Sequence[Sequence[int]]], prefix: Prefix, length: int, start: int) -> Decoded:
+        """Given completions [B][N] as if they had been drawn here: R rows. `start`: index of their first prompt in the call."""
+        rows = [list(completion) for row in initial for completion in row]
+        device = self.model.device
+        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(length, device=device) < lengths[:, None]
+        longest = int(lengths.max())
+        log_mu = decode.read(self.model, prefix, ids[:, :longest], mask[:, :longest], self.base).log_mu
+        said = log_mu.gather(-1, ids[:, :longest, None])[..., 0].masked_fill(~mask[:, :longest], 0.0)
+        if (said == -torch.inf).any():
+            r, t = (said == -torch.inf).nonzero()[0].tolist()
+            n = len(initial[0])
+            raise ValueError(
+                f"initial[{start + r // n}][{r % n}] has the token {rows[r][t]} at position {t}, which the base distribution "
+                f"never says there (top_k={self.base.top_k}, top_p={self.base.top_p}): give completions that were drawn from it"
+            )
+        zeros = torch.zeros_like(said[:, 0])
+        return Decoded(ids, mask, said.sum(1), zeros, zeros, lengths)
 
     def _move(
         self,

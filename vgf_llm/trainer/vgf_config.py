@@ -15,6 +15,7 @@ from vgf_llm.text.decode import BaseDistribution
 
 Target = Literal["sft", "weighted", "tilt", "dpo", "advantage"]
 ParticleSource = Literal["reference", "policy"]
+VLLMMode = Literal["colocate", "server"]
 
 
 @dataclass
@@ -86,6 +87,28 @@ class VGFConfig(TrainingArguments):
             Of the base sampler, as in TRL. The policy is fitted, and meant to be sampled, at the same temperature.
         flow_batch_size (`int`, *optional*, defaults to `32`):
             Completions that sampler and flow hold in memory at once.
+
+        > vLLM as the engine that draws the particles of training, before the flow (docs/trainer.md)
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Draw with vLLM (`pip install "vgf_llm[vllm]"`). Defaults here and below are those of TRL. Not with `top_k` or `top_p`:
+            vLLM computes in another precision than the flow's model, so that its support would be another at the edge.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: in every training process, on its GPU. `"server"`: behind `vllm serve`, on GPUs of its own.
+        vllm_server_base_url (`str`, *optional*):
+            Of the server. Default: TRL's, `http://0.0.0.0:8000`.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the server to be up.
+        vllm_group_port (`int`, *optional*, defaults to `51216`):
+            Port over which the server gets weights.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that vLLM takes in colocate mode.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt plus completion of vLLM in colocate mode, in tokens. Default: the model's own.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Processes that share one vLLM in colocate mode; divides their number.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            In colocate mode vLLM frees its memory between two phases, and gets its weights again at the next one.
 
         > Transport budget: the only regulariser
 
@@ -224,6 +247,30 @@ class VGFConfig(TrainingArguments):
     top_k: int = field(default=0, metadata={"help": "Top-k of the base sampler; 0 keeps all tokens."})
     flow_batch_size: int = field(default=32, metadata={"help": "Completions that sampler and flow hold in memory at once."})
 
+    use_vllm: bool = field(default=False, metadata={"help": "Draw the particles of training with vLLM."})
+    vllm_mode: VLLMMode = field(
+        default="colocate",
+        metadata={"help": "'colocate': vLLM in every training process; 'server': behind `vllm serve`, on GPUs of its own."},
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Of the vLLM server. Default: that of TRL, http://0.0.0.0:8000."}
+    )
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the vLLM server to be up."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Port over which the vLLM server gets weights."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes in colocate mode."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt plus completion of vLLM in colocate mode, in tokens. Default: the model's own."},
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Processes that share one vLLM in colocate mode; divides their number."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "In colocate mode vLLM frees its memory between two phases."}
+    )
+
     flow_steps: int = field(default=5, metadata={"help": "Flow steps L; 0 fits the policy to best-of-N."})
     flow_step_size: float = field(
         default=0.1, metadata={"help": "Length of one flow step, in distances between two token embeddings."}
@@ -293,7 +340,9 @@ class VGFConfig(TrainingArguments):
                 raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
         super().__post_init__()
 
-        for name, allowed in (("target", get_args(Target)), ("particle_source", get_args(ParticleSource))):
+        for name, allowed in (
+            ("target", get_args(Target)), ("particle_source", get_args(ParticleSource)), ("vllm_mode", get_args(VLLMMode)),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.num_generations_eval is None:
@@ -305,6 +354,7 @@ class VGFConfig(TrainingArguments):
             ("best_k", 1), ("num_iterations", 1), ("num_completions_to_print", 1), ("value_heads", 1), ("value_lora_rank", 0),
             ("value_replay_size", 1), ("value_batch_size", 1), ("value_warmup_samples", 1), ("max_skipped_steps", 0),
             ("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
+            ("vllm_group_port", 1), ("vllm_tensor_parallel_size", 1),
         ):  # fmt: skip
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
@@ -315,6 +365,7 @@ class VGFConfig(TrainingArguments):
             "dpo_beta",
             "value_learning_rate",
             "value_update_ratio",
+            "vllm_server_timeout",
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
@@ -389,6 +440,25 @@ class VGFConfig(TrainingArguments):
                 f"target='advantage' needs new completions in every optimizer step: leave out steps_per_generation "
                 f"({self.steps_per_generation}), or set it to gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.vllm_gpu_memory_utilization!r}")
+        if self.vllm_max_model_length is not None and self.vllm_max_model_length <= self.max_completion_length:
+            raise ValueError(
+                f"vllm_max_model_length ({self.vllm_max_model_length}) must exceed max_completion_length "
+                f"({self.max_completion_length}): it holds the prompt as well"
+            )
+        if self.use_vllm and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                f"use_vllm needs top_k=0 (is {self.top_k}) and top_p=1.0 (is {self.top_p}): vLLM computes in another precision "
+                "than the flow's model, and would draw tokens to which that gives no probability at all"
+            )
+        if self.use_vllm and self.vllm_mode == "server":
+            of_colocate = ("vllm_enable_sleep_mode", "vllm_tensor_parallel_size", "vllm_max_model_length")
+            given = [name for name in of_colocate if getattr(self, name) != VGFConfig.__dataclass_fields__[name].default]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} would do nothing with vllm_mode='server': give the option to `vllm serve` itself"
+                )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the size of a generation phase while training: set it to False and "

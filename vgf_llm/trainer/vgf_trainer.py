@@ -22,7 +22,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -72,6 +72,9 @@ from .targets import dpo_loss, leave_one_out, likelihood_loss, residual_loss, sp
 from .vgf_config import VGFConfig
 
 
+if TYPE_CHECKING:
+    from .engine import Engine
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -116,6 +119,7 @@ class VGFTrainer(Trainer):
         ValueError: arguments that contradict each other, a dataset without prompts or smaller than one generation
             phase, or several GPUs in one process.
         OSError: nothing can be written to `output_dir`.
+        ImportError: `use_vllm` without vLLM.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step, so Trainer must not divide by the number of its
@@ -147,6 +151,10 @@ class VGFTrainer(Trainer):
             args = VGFConfig(f"{path.rstrip('/').split('/')[-1] or type(model).__name__}-VGF")
         if args.should_save:
             check_writable(Path(args.output_dir or "."))
+        if args.use_vllm:
+            from .engine import Engine, check_installed  # imports TRL, and vLLM where there is one
+
+            check_installed()
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with a column 'prompt'")
         _check_dataset(train_dataset, "train_dataset")
@@ -227,6 +235,11 @@ class VGFTrainer(Trainer):
         self._whole: Any = whole_copy(model, args.device) if self._sharded and self.is_peft else None if self._sharded else model
         reference = self._whole if self.is_peft else whole_copy(model, args.device)
         self._samplers = {"reference": self._make_sampler(reference)}
+        self._vllm: Engine | None = None
+        self._vllm_has_weights = False
+        if args.use_vllm:
+            frozen = self._whole if self.is_peft else reference
+            self._vllm = Engine(frozen, self.accelerator, processing_class, args, self._samplers["reference"])
 
         self._micro_step = 0  # place in the stream of micro-batches, set before every optimizer step
         self._phase: int | None = None
@@ -320,7 +333,9 @@ class VGFTrainer(Trainer):
         if "policy" not in self._samplers:
             if self._whole is None:  # sharded, full weights: the first use makes the copy
                 self._whole = copy.deepcopy(self._samplers["reference"].model)
+            training = self.model.training
             self._samplers["policy"] = self._make_sampler(self._whole)
+            self.model.train(training)  # the sampler puts its model into eval mode
         if self._sharded:
             copy_weights(self.model, self._whole, zero3=self._zero3, adapters_only=self.is_peft)
 
@@ -384,15 +399,17 @@ class VGFTrainer(Trainer):
         # A seed per prompt, by its place in the stream: neither the size of a phase nor of a batch nor the number of
         # processes changes a particle, and a prompt that comes again, in this phase or in another epoch, gets new ones.
         places = self._order.places(phase, self.args.process_index)[: len(rows)]
+        started = time.perf_counter()
         if self.args.particle_source == "policy":
             self._sync_policy()
-        batches, drawn = self._everywhere(self._draw, rows, places, self.args.particle_source)
+        initial = None if self._vllm is None else self._draw_with_vllm(self._vllm, rows)
+        batches, drawn = self._everywhere(self._draw, rows, places, self.args.particle_source, started, initial)
         if self.args.particle_source == "policy":
             ratios = gather_object([float(r) for r in drawn.log_ratio]) if self.args.world_size > 1 else drawn.log_ratio.tolist()
             kl = math.fsum(ratios) / len(ratios)
             self._metrics["train"]["kl"] += [kl] * len(rows)
             if kl > self.args.policy_kl_cap:
-                batches, _ = self._everywhere(self._draw, rows, places, "pull back")
+                batches, _ = self._everywhere(self._draw, rows, places, "pull back", time.perf_counter(), None)
             self._metrics["train"]["pulled_back"] += [float(kl > self.args.policy_kl_cap)] * len(rows)
         if self.rewards.value is not None and (self.args.flow_steps or self.args.target in ("tilt", "advantage")):
             self._fit_value(drawn.samples)
@@ -407,9 +424,42 @@ class VGFTrainer(Trainer):
             batch["num_tokens"] = int(counts[index, 1])
         return batches
 
-    def _draw(self, rows: list[dict[str, Any]], places: list[int], source: str) -> tuple[list[dict[str, Any]], Drawn]:
-        """Particles of this process's prompts of a phase, and micro-batches of targets made from them. No collective."""
-        started = time.perf_counter()
+    def _draw_with_vllm(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[list[int]]]:
+        """Initial particles [B][N] of this process's prompts of a phase, as token ids. Every process has to call it."""
+        source = self.args.particle_source
+        prompt_ids = self._everywhere(self._encode_for_vllm, [row["prompt"] for row in rows])
+        with self._sampler(source) as sampler:  # adapters off for the reference
+            if not self.is_peft:
+                engine.model = sampler.model
+            # The reference is sent too, once: at its path there may be another revision than the one in memory, and behind a
+            # server whatever the run before this one has sent.
+            if source == "policy" or not self._vllm_has_weights:
+                engine.sync_weights()
+                self._vllm_has_weights = True
+            return engine.draw(prompt_ids, self.args.num_generations)
+
+    def _encode_for_vllm(self, prompts: list[Any]) -> list[list[int]]:
+        prompt_ids = self._samplers["reference"].encode(prompts, self.args.max_completion_length)
+        longest, limit = max(map(len, prompt_ids)), self.args.vllm_max_model_length
+        if limit is not None and longest + self.args.max_completion_length > limit:
+            raise ValueError(
+                f"a prompt has {longest} tokens; with max_completion_length={self.args.max_completion_length} it does not fit "
+                f"vllm_max_model_length ({limit}): raise that, or leave the prompt out"
+            )
+        return prompt_ids
+
+    def _draw(
+        self,
+        rows: list[dict[str, Any]],
+        places: list[int],
+        source: str,
+        started: float,
+        initial: list[list[list[int]]] | None,
+    ) -> tuple[list[dict[str, Any]], Drawn]:
+        """Particles of this process's prompts of a phase, and micro-batches of targets made from them. No collective.
+
+        `started`: when work on the particles began. `initial`: those that vLLM has drawn.
+        """
         prompts = [row["prompt"] for row in rows]
         seeds = [self._seed(place) for place in places]
         n, budget = self.args.num_generations, self.args.budget
@@ -426,8 +476,9 @@ class VGFTrainer(Trainer):
             sampler.reward = self.rewards.guide(ready)
             score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
             output = sampler.sample(
-                prompts, n, budget, self.args.max_completion_length, seed=seeds, scorer=_no_reward if pull else score
-            )
+                prompts, n, budget, self.args.max_completion_length, seed=seeds, initial=initial,
+                scorer=_no_reward if pull else score,
+            )  # fmt: skip
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
             # Once between two logs: it costs as much as a flow step.
