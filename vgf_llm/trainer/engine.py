@@ -136,13 +136,13 @@ def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
         trained = isinstance(module, ModulesToSaveWrapper) and module.active_adapters and not module.disable_adapters
         inner = module.modules_to_save[module.active_adapter] if trained else module.original_module
         yield from _weights(inner, prefix, seen)
-    elif isinstance(module, BaseTunerLayer) and not module.disable_adapters:
-        merged = copy.deepcopy(module)  # one layer at a time
-        merged.merge()
-        # Ids of its own, since those of a copy that is gone may come again.
-        yield from _weights(merged.base_layer, prefix, set())
     elif isinstance(module, BaseTunerLayer):
-        yield from _weights(module.base_layer, prefix, seen)
+        layer: Any = module  # every kind of adapter has a base_layer, the class of all of them does not say so
+        if not layer.disable_adapters:
+            layer = copy.deepcopy(layer)  # one layer at a time
+            layer.merge()
+            seen = set()  # its own, since the ids of a copy that is gone may come again
+        yield from _weights(layer.base_layer, prefix, seen)
     else:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
