@@ -14,13 +14,13 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ScriptArguments
 
-from recipes.reward import RewardScriptArguments
-from recipes.sft import SFTScriptArguments
-from recipes.vgf import VGFScriptArguments
 from vgf_llm import TransportBudget, VGFConfig
 from vgf_llm.control import AgentConfig, TrainConfig
 from vgf_llm.evaluation.diagnose import DiagnoseConfig
 from vgf_llm.evaluation.evaluation_config import EvaluationConfig
+from vgf_llm.recipes.reward import RewardScriptArguments
+from vgf_llm.recipes.sft import SFTScriptArguments
+from vgf_llm.recipes.vgf import VGFScriptArguments
 
 
 PAGE = Path(__file__).with_name("config.md")
