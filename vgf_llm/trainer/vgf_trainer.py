@@ -238,8 +238,7 @@ class VGFTrainer(Trainer):
         self._vllm: Engine | None = None
         self._vllm_has_weights = False
         if args.use_vllm:
-            frozen = self._whole if self.is_peft else reference
-            self._vllm = Engine(frozen, self.accelerator, processing_class, args, self._samplers["reference"])
+            self._vllm = Engine(reference, self.accelerator, processing_class, args, self._samplers["reference"])
 
         self._micro_step = 0  # place in the stream of micro-batches, set before every optimizer step
         self._phase: int | None = None
