@@ -57,6 +57,7 @@ from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl
 from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.prefix import left_pad
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,7 +336,7 @@ def judged_by_one(world: World, seeds: Sequence[int], pool: Mapping[str, Any]) -
     pad, proxy = sampler.processing_class.pad_token_id, []
     encoded = sampler.encode([p for seed in seeds for p in world.prompts(seed)], world.length)
     for prompt, several in zip(encoded, pool["ids"], strict=True):
-        ids, mask = moves.left_padded([prompt], pad, sampler.model.device)
+        ids, mask = left_pad([prompt], pad, sampler.model.device)
         width = max(map(len, several))
         texts = torch.tensor([row + [pad] * (width - len(row)) for row in several], device=ids.device)
         inside = torch.arange(width) < torch.tensor([len(row) for row in several])[:, None]

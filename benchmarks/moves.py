@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from vgf_llm.flow import TransportBudget, median_bandwidth, rbf_kernel, repulsion, squared_distances, transport
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 from vgf_llm.text.decode import Decoded, Tables
-from vgf_llm.text.prefix import Prefix
+from vgf_llm.text.prefix import Prefix, left_pad
 from vgf_llm.text.proxy import evaluation_points, token_advantages
 
 
@@ -64,7 +64,7 @@ class Chains:
     def __init__(self, sampler: VGFSampler, prompts: Sequence[str], n: int, length: int, seeds: Sequence[int]) -> None:
         self.sampler, self.shape = sampler, (len(prompts), n)
         encoded, pad = sampler.encode(prompts, length), sampler.processing_class.pad_token_id
-        ids, mask = left_padded(encoded, pad, sampler.model.device)
+        ids, mask = left_pad(encoded, pad, sampler.model.device)
         every = torch.arange(len(prompts), device=ids.device).repeat_interleave(n)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, encoded, strict=True)]).to(ids.device)
         prefix = decode.read_prompts(sampler.model, ids, mask).deal(every)
@@ -97,20 +97,13 @@ class Chains:
             rewards = self._score(rows, moved.text)
             cost[picked] += moved.text.new_tokens
             take = (moved.text.ids != rows.text.ids).any(1) & accept(rows, moved, rewards)
-            text = merged(rows.text, moved.text, take)
+            text = rows.text.moved(moved.text, take)
             now = replace(
                 now,
-                text=Decoded(*(_put(getattr(now.text, f.name), picked, getattr(text, f.name)) for f in fields(Decoded))),
-                rewards=_put(now.rewards, picked, torch.where(take, rewards, rows.rewards)),
+                text=now.text.put(picked, text),
+                rewards=now.rewards.index_copy(0, picked, torch.where(take, rewards, rows.rewards)),
             )
             yield now, cost
-
-
-def merged(old: Decoded, new: Decoded, take: Tensor) -> Decoded:
-    """Row by row `new` where taken, else `old`; what was spent adds up over accepted moves."""
-    new = replace(new, kl=old.kl + new.kl, log_ratio=old.log_ratio + new.log_ratio)
-    parts = ((getattr(old, f.name), getattr(new, f.name)) for f in fields(Decoded))
-    return Decoded(*(torch.where(take.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in parts))
 
 
 def rises(weight: float) -> Accept:
@@ -269,7 +262,7 @@ def rewritten(sampler: VGFSampler, rows: Rows, place: Tensor, token: Tensor) -> 
         heads = [
             rows.prompt_ids[r][rows.prompt_mask[r]].tolist() + ids[r, : int(place[r]) + 1].tolist() for r in go.tolist()
         ]  # fmt: skip
-        prefix = decode.read_prompts(sampler.model, *left_padded(heads, pad, place.device))
+        prefix = decode.read_prompts(sampler.model, *left_pad(heads, pad, place.device))
         rest = decode.sample(
             sampler.model, prefix, rows.keys[go], base=sampler.base,
             max_new_tokens=length - 1 - int(place[go].min()), eos_ids=sampler.eos_ids, pad_id=pad,
@@ -317,14 +310,6 @@ def pooled_repulsion(embeds: Tensor, gradient: Tensor, mask: Tensor, particles: 
     # Particles that coincide do not repel each other.
     factor = torch.where(size(away) > 0, size(gradient) / size(away), 0.0)
     return away * factor.repeat_interleave(particles)[:, None, None]
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [R, P] of lists of tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
 def _read(sampler: VGFSampler, rows: Rows) -> tuple[Tables, Tensor, Tensor]:
@@ -375,10 +360,4 @@ def _neutral(sampler: VGFSampler) -> Tensor:
 def _at(value: Any, rows: Tensor) -> Any:
     if isinstance(value, Prefix):
         return value.deal(rows)
-    if isinstance(value, Decoded):
-        return Decoded(*(getattr(value, f.name)[rows] for f in fields(Decoded)))
-    return value[rows]
-
-
-def _put(whole: Tensor, rows: Tensor, part: Tensor) -> Tensor:
-    return whole.index_copy(0, rows, part)
+    return value.take(rows) if isinstance(value, Decoded) else value[rows]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -141,6 +141,20 @@ class Decoded:
     kl: Tensor
     log_ratio: Tensor
     new_tokens: Tensor
+
+    def take(self, rows: Tensor) -> Decoded:
+        """Rows by their index [R']."""
+        return Decoded(*(getattr(self, f.name)[rows] for f in fields(Decoded)))
+
+    def put(self, rows: Tensor, part: Decoded) -> Decoded:
+        """A copy with `part` at the rows [R']."""
+        return Decoded(*(getattr(self, f.name).index_copy(0, rows, getattr(part, f.name)) for f in fields(Decoded)))
+
+    def moved(self, new: Decoded, taken: Tensor) -> Decoded:
+        """Row by row `new` where taken [R], else what stands. What was spent adds up over the moves of a row."""
+        new = replace(new, kl=self.kl + new.kl, log_ratio=self.log_ratio + new.log_ratio, new_tokens=self.new_tokens)
+        parts = ((getattr(self, f.name), getattr(new, f.name)) for f in fields(Decoded))
+        return Decoded(*(torch.where(taken.view(-1, *[1] * (old.ndim - 1)), then, old) for old, then in parts))
 
 
 @torch.no_grad()

@@ -49,6 +49,14 @@ class Prefix:
         return torch.cat([self.mask[self.rows], mask], 1)
 
 
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, P] of B lists of tokens, padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
 def layers_of(cache: DynamicCache) -> Layers:
     """Keys and values of every layer of a cache of attention layers that has been filled."""
     return [cast("tuple[Tensor, Tensor]", (layer.keys, layer.values)) for layer in cast("list[DynamicLayer]", cache.layers)]

@@ -17,7 +17,7 @@ from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
 from . import decode
 from .decode import BaseDistribution, Decoded
 from .loading import load_whole
-from .prefix import Prefix
+from .prefix import Prefix, left_pad
 from .proxy import GradientAt, evaluation_points, token_advantages
 from .race import Race
 from .reward import DifferentiableReward
@@ -318,7 +318,7 @@ class VGFSampler:
     ) -> _Chunk:
         """Read the prompts and draw their particles, or take those given."""
         device = self.model.device
-        ids, mask = _left_pad(prompts, self.processing_class.pad_token_id, device)
+        ids, mask = left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
         prefix, reward_prefix = decode.read_prompts(self.model, ids, mask).deal(every), self.reward.read(ids, mask).deal(every)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
@@ -397,7 +397,7 @@ class VGFSampler:
         # The best by reward, in the order of their index, so that moving all is moving each in its place.
         best = chunk.rewards[who].argsort(dim=1, descending=True, stable=True)[:, :movers].sort(1).values
         rows = (best + n * who[:, None]).flatten()
-        old, old_rewards = _rows(chunk.state, rows), rewards[rows]
+        old, old_rewards = chunk.state.take(rows), rewards[rows]
         keys = decode.round_keys(chunk.keys[rows], index)
         moved, trace = self._round(chunk, rows, old, keys, budget, direction, (len(who), movers))
         moved_rewards = self._score(chunk, rows, moved)
@@ -405,7 +405,7 @@ class VGFSampler:
         gain = moved_rewards - old_rewards
         price = chunk.weight[rows // n] * (old.logprobs - moved.logprobs)
         take = changed & (gain > price) if verify else changed
-        chunk.state = _put_rows(chunk.state, rows, _merge(old, moved, take))
+        chunk.state = chunk.state.put(rows, old.moved(moved, take))
         chunk.rewards = rewards.index_copy(0, rows, torch.where(take, moved_rewards, old_rewards)).view(-1, n)
         spent = moved.new_tokens.view(-1, movers).sum(1) / chunk.mean_length[who]
         chunk.generations[who] += spent
@@ -432,7 +432,7 @@ class VGFSampler:
             place = who * n + chunk.rewards[who].argmin(1)
             new = rewards[:, column]
             better = (new > chunk.rewards.flatten()[place]).nonzero()[:, 0]
-            chunk.state = _put_rows(chunk.state, place[better], _rows(drawn, better * count + column))
+            chunk.state = chunk.state.put(place[better], drawn.take(better * count + column))
             chunk.rewards = chunk.rewards.flatten().index_copy(0, place[better], new[better]).view(-1, n)
         spent = drawn.new_tokens.view(-1, count).sum(1) / chunk.mean_length[who]
         chunk.generations[who] += spent
@@ -577,38 +577,6 @@ def _join(parts: list[VGFOutput]) -> VGFOutput:
         trace=[trace(rounds) for rounds in zip(*(p.trace for p in parts), strict=True)],
         generations=torch.cat([p.generations for p in parts]),
     )
-
-
-def _rows(decoded: Decoded, rows: Tensor) -> Decoded:
-    return Decoded(*(getattr(decoded, f.name)[rows] for f in fields(Decoded)))
-
-
-def _put_rows(whole: Decoded, rows: Tensor, part: Decoded) -> Decoded:
-    return Decoded(*(getattr(whole, f.name).index_copy(0, rows, getattr(part, f.name)) for f in fields(Decoded)))
-
-
-def _merge(old: Decoded, new: Decoded, take: Tensor) -> Decoded:
-    """Row by row `new` where taken, else `old`. What was spent adds up over the rounds a particle moved in."""
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b, a)
-
-    return Decoded(
-        ids=choose(old.ids, new.ids),
-        mask=choose(old.mask, new.mask),
-        logprobs=choose(old.logprobs, new.logprobs),
-        kl=choose(old.kl, old.kl + new.kl),
-        log_ratio=choose(old.log_ratio, old.log_ratio + new.log_ratio),
-        new_tokens=old.new_tokens,
-    )
-
-
-def _left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, P], padded on the left."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
 def _eos_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> Tensor:
