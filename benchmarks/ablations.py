@@ -3,13 +3,15 @@
     python -m benchmarks.ablations                                     models of `vgf demo --scale full`, trained if missing
     python -m benchmarks.ablations --e2e-models DIR --e2e-data DIR     also those of benchmarks/e2e_nlg.py
     python -m benchmarks.ablations --confirm                           where to take the gradient, on 128 other prompts a task
+    python -m benchmarks.ablations --field                             a learned gradient field beside the reward's own, on these
     python -m benchmarks.ablations --quick                             shows that everything runs, and measures nothing
 
 Every variant differs from one reference (`Variant`) in what its name says, and meets the same prompts with the same initial
 particles; none was tuned. Best-of-n for every n up to 256 comes from one pool of samples. Moves that the library does not have
 are in benchmarks/moves.py. Every cell is kept in `--work`, so that a cut run goes on.
 
-Writes benchmarks/results/ablations.json and docs/img/ablations*.png; with `--confirm`, ablations_confirmed.json alone.
+Writes benchmarks/results/ablations.json and docs/img/ablations*.png; with `--confirm`
+and `--field`, ablations_confirmed.json and ablations_field.json alone.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl
 from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.field import GradientField, fit_field
 from vgf_llm.text.prefix import left_pad
 
 
@@ -78,7 +81,7 @@ class Variant:
     """
 
     move: str = "library"
-    gradient_at: str = "path"
+    gradient_at: str = "path"  # or "field": learned on completions that cost no label
     horizon: int | None | str = "task"
     kl_budget: float = 2.0
     steps: int = 1
@@ -194,6 +197,33 @@ def confirming() -> Groups:
     }
 
 
+# What the field is fitted to: prompts of yet another seed.
+FIELD_PROMPTS, FIELD_SEED = 1_000, 31_000
+
+
+def with_field() -> Groups:
+    """The gradient of the reward and a learned field, with many small rounds and with few large ones; no setting differs between
+    tasks."""
+    ways = {"gradient": {"gradient_at": "mixture"}, "field": {"gradient_at": "field"}}
+    shapes = {"7 x 2": {"rounds": 7, "movers": 2}, "2 x 8": {"rounds": 2, "movers": N}}
+    return {
+        "field": {
+            f"{way}, {shape}, {kl:g} nat{'' if kl == 1 else 's'}{', random direction' * blind}": replace(
+                REFERENCE,
+                horizon=None,
+                kl_budget=kl,
+                random=blind,
+                **where,
+                **size,  # type: ignore[arg-type]
+            )
+            for shape, size in shapes.items()
+            for way, where in ways.items()
+            for kl, blind in ((1.0, False), (2.0, False), (4.0, False), (2.0, True))
+            if not (blind and way == "gradient")
+        }
+    }
+
+
 E2E = {
     "space": ("path", "token", "mixture", "hidden states"),
     "decoder": ("coupled", "coupled, no horizon", "coupled, random direction", "edits by chance", "edits by gradient"),
@@ -211,6 +241,18 @@ class World:
     prompts: Callable[[int], list[str]]
     length: int
     horizon: int | None
+    work: Path
+
+    def field(self, sampler: VGFSampler) -> GradientField:
+        """Fitted once, its CPU seconds beside it."""
+        kept = self.work / self.name / "field"
+        if not kept.is_dir():
+            begun, making = time.process_time(), kept.with_name("field.part")
+            prompts = reviews.generate_prompts(FIELD_PROMPTS, FIELD_SEED, self.name)
+            fit_field(sampler, prompts, max_completion_length=self.length, seed=FIELD_SEED).save_pretrained(making)
+            (making / "seconds.json").write_text(json.dumps(time.process_time() - begun))
+            making.rename(kept)
+        return GradientField.from_pretrained(kept)
 
     def sampler(self, variant: Variant) -> VGFSampler:
         tokenizer = AutoTokenizer.from_pretrained(self.base)
@@ -220,15 +262,19 @@ class World:
         reward = DifferentiableReward(list(members), tokenizer, calibration=calibration)
         if variant.repulsion:
             reward = moves.PooledRepulsion(reward, tokenizer, variant.movers, variant.repulsion)
+        model = AutoModelForCausalLM.from_pretrained(self.base).eval()
+        learned = variant.gradient_at == "field"
+        field = self.field(VGFSampler(model, reward, tokenizer, flow_batch_size=512)) if learned else None
         return VGFSampler(
-            AutoModelForCausalLM.from_pretrained(self.base).eval(),
+            model,
             reward,
             tokenizer,
-            gradient_at=variant.gradient_at,  # type: ignore[arg-type]
+            gradient_at="mixture" if learned else variant.gradient_at,  # type: ignore[arg-type]
             horizon=self.horizon if variant.horizon == "task" else variant.horizon,  # type: ignore[arg-type]
             movers=variant.movers,
             likelihood_weight=variant.likelihood_weight,
             flow_batch_size=512,
+            gradient_field=field,
         )
 
 
@@ -681,8 +727,8 @@ class Cells:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def summarise(cells: Cells, groups: Groups) -> tuple[list[dict], list[str]]:
-    """All rows of a task, and the names of those that were not measured."""
+def summarise(cells: Cells, groups: Groups, against: Variant = REFERENCE) -> tuple[list[dict], list[str]]:
+    """All rows of a task, each beside the variant `against`, and the names of those that were not measured."""
     several = len(cells.world.rewards)
     rows: list[dict] = []
     absent: list[str] = []
@@ -691,10 +737,10 @@ def summarise(cells: Cells, groups: Groups) -> tuple[list[dict], list[str]]:
         for members in (0, 1)
         if any(v.members == members for g in groups.values() for v in g.values())
     }
-    still, found = cells.of(STILL), cells.of(REFERENCE)
+    still, found = cells.of(STILL), cells.of(against)
     if pools[0] is None or still is None or found is None:
         return [], [cells.world.name]
-    reference = found[str(REFERENCE.rounds)]
+    reference = found[str(against.rounds)]
     for members, pool in pools.items():
         rows += best_of_n_rows(pool, cells.size, members or several) if pool else []
     unmoved = row("vgf", still["1"], STILL, pools[0], several, 1)
@@ -715,7 +761,7 @@ def summarise(cells: Cells, groups: Groups) -> tuple[list[dict], list[str]]:
     return [{"task": cells.world.name, "gold_unit": unit, **r} for r in rows], absent
 
 
-def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]:
+def embedded_worlds(models: Path | None, quick: bool, count: int, work: Path) -> list[World]:
     """Tone and content, with the models in `models` or those that the demonstration trains."""
     if models is None:
         settings = QUICK if quick else SCALES["full"].settings
@@ -727,20 +773,20 @@ def embedded_worlds(models: Path | None, quick: bool, count: int) -> list[World]
     return [
         World(
             name, base, rewards[name], gold, partial(lambda seed, name: reviews.generate_prompts(count, seed, name), name=name),
-            MAX_COMPLETION, None if name == "tone" else 0,
+            MAX_COMPLETION, None if name == "tone" else 0, work,
         )
         for name, gold in reviews.GOLD.items()
     ]  # fmt: skip
 
 
-def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int]) -> World:
+def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: Path) -> World:
     """The held-out meaning representations of benchmarks/e2e_nlg.py."""
     _, held_out = split_by_mr(load_e2e(data), seed=0, held_out=10 * len(seeds))
     prompts = sorted({format_prompt(e.slots) for e in held_out})
     random.Random(0).shuffle(prompts)
     return World(
         "e2e", newest(models, "base"), [newest(models, f"reward-{k}") for k in range(3)], e2e_gold,
-        lambda seed: prompts[10 * seed : 10 * seed + count], E2E_LENGTH, 0,
+        lambda seed: prompts[10 * seed : 10 * seed + count], E2E_LENGTH, 0, work,
     )  # fmt: skip
 
 
@@ -757,6 +803,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
     parser.add_argument("--publish", action="store_true", help="measure nothing more; what is absent is named in the report")
     parser.add_argument("--confirm", action="store_true", help="where to take the gradient, on prompts of other seeds")
+    parser.add_argument("--field", action="store_true", help="a learned gradient field, on the prompts of --confirm")
     parser.add_argument("--quick", action="store_true", help="one task, tiny models, few prompts; writes to --work only")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -764,37 +811,40 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quick:
         args.prompts, args.seeds, args.pool = 2, [0], 16
-    elif args.confirm:
+    elif args.confirm or args.field:
         args.prompts, args.seeds, args.pool = CONFIRMING_PROMPTS, list(CONFIRMING_SEEDS), CONFIRMING_POOL
-    kind = "quick" if args.quick else "confirmed" if args.confirm else f"{args.prompts}x{len(args.seeds)}"
+    other = "confirmed" if args.confirm else "field" if args.field else None
+    kind = "quick" if args.quick else other or f"{args.prompts}x{len(args.seeds)}"
     work = args.work or ROOT / "outputs" / "ablations" / kind
     results, images = (work, work) if args.quick else (ROOT / "benchmarks" / "results", ROOT / "docs" / "img")
 
-    groups: Groups = confirming() if args.confirm else variants()
+    groups: Groups = confirming() if args.confirm else with_field() if args.field else variants()
     if args.quick:
         groups = shortened(groups)
     tasks = [
         (Cells(world, args.seeds, args.pool, work, not args.publish), groups)
-        for world in embedded_worlds(args.models, args.quick, args.prompts)
+        for world in embedded_worlds(args.models, args.quick, args.prompts, work)
         if world.name == "content" or not args.quick
     ]
     if args.e2e_models:
-        world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 10), args.seeds)
+        world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 10), args.seeds, work)
         some = {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
         tasks.append((Cells(world, args.seeds, min(args.pool, 64), work, not args.publish), some))
     rows, absent = [], []
+    against = groups["field"]["gradient, 7 x 2, 2 nats"] if args.field and not args.quick else REFERENCE
     for cells, of_task in tasks:
-        found, missing = summarise(cells, of_task)
+        found, missing = summarise(cells, of_task, against)
         rows, absent = rows + found, absent + missing
     spent = sum(cells.pool(0)["seconds"] for cells, _ in tasks if cells.pool(0))
     spent += sum({str(r["setting"]) + r["task"]: r["cpu_seconds"] for r in rows if "setting" in r}.values())
     write_report(
-        results / ("ablations_confirmed.json" if args.confirm else "ablations.json"),
+        results / (f"ablations_{other}.json" if other else "ablations.json"),
         {
             "rows": rows,
-            "reference": asdict(REFERENCE),
+            "reference": asdict(against),
             "settings": {"prompts": args.prompts, "seeds": args.seeds, "pool": args.pool, "num_particles": N},
             "not_measured": absent,
+            "field_seconds": {p.parent.parent.name: json.loads(p.read_text()) for p in sorted(work.glob("*/field/seconds.json"))},
             "cpu_seconds": spent,
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {

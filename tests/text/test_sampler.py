@@ -229,7 +229,7 @@ def test_a_prompts_result_does_not_depend_on_the_rest_of_the_call(case):
         some = rng.sample(range(len(prompts)), rng.randint(1, 2))
         apart = sampler.sample([prompts[i] for i in some], n, budget, LENGTH, seed, verify=verify)
     finally:
-        sampler.flow_batch_size, sampler.horizon, sampler.gradient_at = 32, 0, "path"
+        sampler.flow_batch_size, sampler.horizon, sampler.gradient_at = 32, 0, "mixture"
         sampler.movers = None
     for k, b in enumerate(some):
         assert result_of(apart, k) == result_of(together, b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .proxy import GradientAt, evaluation_points, token_advantages
 from .race import Race
 from .reward import DifferentiableReward
 
+
+if TYPE_CHECKING:
+    from .field import GradientField
 
 Prompt = str | list[dict[str, str]]
 # Particles that a turn moves or draws under a budget in generations, where `movers` leaves it open.
@@ -96,6 +99,7 @@ class _Chunk:
     index: Tensor  # [R] of the prompt in the call
     prefix: Prefix  # R rows, of the base model
     reward_prefix: Prefix  # R rows
+    field_prefix: Prefix | None  # R rows
     state: Decoded  # the particles as they stand
     generations: Tensor  # [B] completions decoded so far
     mean_length: Tensor  # [B] of the initial particles
@@ -135,10 +139,13 @@ class VGFSampler:
             0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.02: on the
             embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
+        gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) for the flow to follow instead of the reward's own:
+            one forward for all its steps. It counts in what is written after a token, so that `horizon=None` suits it, and
+            `gradient_at` plays no part. The reward verifies and selects as ever.
 
     Raises:
         ValueError: no tokenizer for a model object, no padding or end-of-sequence token, another vocabulary in the reward
-            model, or an argument out of range.
+            model, a field of another reward, or an argument out of range.
     """
 
     def __init__(
@@ -156,6 +163,7 @@ class VGFSampler:
         movers: int | None = None,
         likelihood_weight: float = 0.02,
         flow_batch_size: int = 32,
+        gradient_field: GradientField | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
             processing_class = processing_class or AutoTokenizer.from_pretrained(str(model))
@@ -182,6 +190,12 @@ class VGFSampler:
                 f"the model writes {rows} tokens, but its tokenizer has {len(processing_class)}: this is the tokenizer of "
                 "another model"
             )
+        if gradient_field is not None and gradient_field.width != self.reward.width:
+            raise ValueError(
+                f"gradient_field gives gradients of {gradient_field.width} numbers, but the particles of this reward have "
+                f"{self.reward.width}: fit it to this reward (vgf_llm.text.field.fit_field)"
+            )
+        self.field = None if gradient_field is None else gradient_field.to(self.model.device).eval()
         self.gradient_at = gradient_at
         self.candidates = candidates
         self.horizon = horizon
@@ -321,6 +335,7 @@ class VGFSampler:
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
         prefix, reward_prefix = decode.read_prompts(self.model, ids, mask).deal(every), self.reward.read(ids, mask).deal(every)
+        field_prefix = None if self.field is None else self.field.read(ids, mask).deal(every)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         if initial is None:
             drawn = decode.sample(
@@ -329,8 +344,8 @@ class VGFSampler:
         else:
             drawn = self._read_initial(initial, prefix, length, start)
         chunk = _Chunk(
-            prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, drawn,
-            torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
+            prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, field_prefix,
+            drawn, torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
         )  # fmt: skip
         chunk.rewards = self._score(chunk, torch.arange(len(every), device=device), drawn).view(-1, n)
         # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
@@ -456,10 +471,15 @@ class VGFSampler:
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
         mixture = tables.log_mu.exp() @ table
+        # Linear in the embedding of the next token: the same wherever a particle has got to.
+        learned = self.field.gradients(chunk.field_prefix.deal(rows), ids, mask) if self.field and chunk.field_prefix else None
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
-            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
+            if learned is not None:
+                values, gradient = chunk.rewards.flatten()[rows], learned
+            else:
+                points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
+                values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)

@@ -1,0 +1,192 @@
+"""A learned gradient: which way the reward rises at every prefix, in expectation over what follows, at the price of one forward.
+
+The gradient of a reward model speaks about one finished text, and costs a forward and a backward of every member at every step
+of the flow. `GradientField` learns the gradient of an action value instead, linear in the embedding e of the next token:
+
+    Q(x, y_<t, e) = V(x, y_<t) + <g(x, y_<t), e - E_mu e>,    grad_e Q = g,
+
+with V and g read off the hidden state of a causal model before that token, and e in the coordinates of
+`DifferentiableReward.embed`. Fitted by least squares to the rewards of completions that the base model wrote, Q estimates
+E[R | x, y_<=t]: what the token is worth when the base model writes the rest, not when the rest stays as it was. (Tokens are the
+actions of arXiv 2604.14265; the network that gives their gradient is its amortised flow.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModel, DynamicCache, PreTrainedModel
+
+from vgf_llm.flow import TransportBudget
+
+from . import decode
+from .loading import load_whole
+from .prefix import Prefix, layers_of, left_pad, positions
+
+
+if TYPE_CHECKING:
+    from .sampler import Prompt, VGFSampler
+
+HEADS = "field.safetensors"
+
+
+class GradientField(nn.Module):
+    """V and g on the hidden states of a causal model.
+
+    Args:
+        backbone: causal transformer without a head, with the vocabulary of the policy. Taken as it is, not copied.
+        width: D of a particle, `DifferentiableReward.width` of the reward whose gradient this is.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, width: int) -> None:
+        super().__init__()
+        self.backbone, self.width = backbone, width
+        config = backbone.config.get_text_config()
+        hidden = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT may project what it puts out
+        # Without drawing random numbers: they begin at zero, since before any sample is seen no direction is better than another.
+        self.value, self.slope = (nn.utils.skip_init(nn.Linear, hidden, size) for size in (1, width))
+        for head in (self.value, self.slope):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.to(backbone.device).eval()
+
+    @torch.no_grad()
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
+        """Prompts [B, P], one row each, for `gradients` of any number of completions; its `logits` are hidden states [B, H]."""
+        cache = DynamicCache()
+        hidden = self._hidden(prompt_ids, prompt_mask, cache)
+        return Prefix(prompt_mask, [layers_of(cache)], hidden[:, -1], torch.arange(len(prompt_ids), device=prompt_ids.device))
+
+    @torch.no_grad()
+    def gradients(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+        """g [R, T, D] before every token of completions [R, T], float32."""
+        after = self._hidden(ids, prefix.attention(mask), prefix.cache())[:, :-1]
+        return self.slope(torch.cat([cast(Tensor, prefix.logits)[prefix.rows][:, None], after], 1)).float()
+
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """V [R, T] and g [R, T, D] before every token of completions [R, T] of prompts [R, P], with gradients of the weights."""
+        hidden = self._hidden(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), None)
+        before = hidden[:, prompt_ids.shape[1] - 1 : -1]
+        return self.value(before)[..., 0].float(), self.slope(before).float()
+
+    def _hidden(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None) -> Tensor:
+        out = self.backbone(
+            input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention, ids.shape[1]),
+            past_key_values=cache, use_cache=cache is not None,
+        )  # fmt: skip
+        return cast(Tensor, out[0])
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """The backbone in the format of transformers, the heads beside it."""
+        self.backbone.save_pretrained(str(directory))
+        heads = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items() if not name.startswith("backbone.")}
+        save_file(heads, str(Path(directory) / HEADS))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> GradientField:
+        """The inverse of `save_pretrained`.
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: weights that are broken, missing, or of another model.
+        """
+        path = Path(directory) / HEADS
+        if not path.is_file():
+            raise OSError(f"{directory} holds no {HEADS}: give a folder that GradientField.save_pretrained wrote")
+        heads = load_file(str(path))
+        expected = {"value.weight", "value.bias", "slope.weight", "slope.bias"}
+        if set(heads) != expected:
+            raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
+        field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0])
+        field.load_state_dict(heads, strict=False)
+        return field.requires_grad_(False)
+
+
+def fit_field(
+    sampler: VGFSampler,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int = 8,
+    max_completion_length: int = 64,
+    epochs: int = 2,
+    batch_size: int = 64,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    progress: bool = False,
+) -> GradientField:
+    """Fit a field to what a sampler's base model writes and what its reward says of that. No label is needed.
+
+    The backbone starts as a copy of the first reward model's, which knows what the reward looks at; where the reward has no model
+    of its own, as one of the base model's. All its weights are trained, in float32.
+
+    Args:
+        sampler: base model and reward; a field it may have already plays no part.
+        prompts: to draw from, `num_samples` completions each. docs/sampler.md measures a thousand prompts with 8 each.
+        max_completion_length: T, in tokens.
+        epochs, batch_size, learning_rate: passes over the samples, completions per step, and the peak of one cycle of AdamW.
+            Defaults 2, 64 and 5e-4, those of docs/sampler.md.
+        seed: of samples and batches.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: see `VGFSampler.sample`; or all completions have the same reward.
+        FloatingPointError: the loss is not finite.
+    """
+    budget = TransportBudget(steps=0)
+    drawn = sampler.sample(prompts, num_samples, budget, max_completion_length, seed=seed, progress=progress).initial
+    encoded = sampler.encode(prompts, max_completion_length)
+    rows = [(prompt, ids) for prompt, several in zip(encoded, drawn.completion_ids, strict=True) for ids in several]
+    rewards = drawn.rewards.flatten()
+    spread = float(rewards.std(correction=0))
+    if spread <= 1e-6 * max(1.0, float(rewards.abs().max())):
+        raise ValueError(f"all {len(rows)} completions have the reward {float(rewards[0]):g}: there is no direction to learn")
+    target = (rewards - rewards.mean()) / spread
+
+    own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
+    source = next((model for model in own if isinstance(model, PreTrainedModel)), sampler.model.base_model)
+    backbone = copy.deepcopy(cast(PreTrainedModel, source)).float().requires_grad_(True)
+    field = GradientField(backbone, sampler.reward.width)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(rows) // batch_size)
+    optimizer = torch.optim.AdamW(field.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    with tqdm(total=steps, desc="gradient field", disable=not progress) as bar:
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
+                loss = _loss(field, sampler, [rows[i] for i in chosen.tolist()], target[chosen.to(target.device)])
+                if not loss.isfinite():
+                    raise FloatingPointError("the loss of the gradient field is not finite: lower learning_rate")
+                loss.backward()
+                nn.utils.clip_grad_norm_(field.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+    return field.requires_grad_(False)
+
+
+def _loss(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]], target: Tensor) -> Tensor:
+    """Mean squared error of Q at the tokens that were said, plus that of V before them: Q alone would not say which part of the
+    reward is the token's."""
+    device = sampler.model.device
+    prompt_ids, prompt_mask = left_pad([prompt for prompt, _ in rows], 0, device)
+    lengths = torch.tensor([len(ids) for _, ids in rows], device=device)
+    length = int(lengths.max())
+    ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows], device=device)
+    mask = torch.arange(length, device=device) < lengths[:, None]
+    with torch.no_grad():
+        prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
+        mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu.exp()
+        offset = sampler.reward.embed(ids) - mu @ sampler.reward.table
+    with torch.enable_grad():
+        value, gradient = field(prompt_ids, prompt_mask, ids, mask)
+        action = value + (gradient * offset).sum(-1)
+        wrong = (action - target[:, None]).square() + (value - target[:, None]).square()
+        return wrong[mask].mean()
