@@ -43,7 +43,7 @@ from benchmarks.diagnose import newest
 from benchmarks.e2e_nlg import MAX_COMPLETION as E2E_LENGTH
 from benchmarks.e2e_nlg import gold as e2e_gold
 from vgf_llm.data import reviews
-from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr
+from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 from vgf_llm.evaluation.controls import random_direction
 from vgf_llm.evaluation.demo import MAX_COMPLETION, SCALES
 from vgf_llm.evaluation.frontier import POOL_SEED
@@ -96,6 +96,7 @@ class Variant:
     repulsion: float = 0.0
     accept: str = "rises"
     record: tuple[int, ...] = ()
+    generations: float = 0.0  # 16: `TransportBudget.auto(16)`, whatever else is set
 
 
 REFERENCE = Variant()
@@ -202,26 +203,29 @@ FIELD_PROMPTS, FIELD_SEED = 1_000, 31_000
 
 
 def with_field() -> Groups:
-    """The gradient of the reward and a learned field, with many small rounds and with few large ones; no setting differs between
-    tasks."""
+    """The gradient of the reward and a learned field, with many small rounds, with few large ones, and with the automatic budget;
+    no setting differs between tasks."""
     ways = {"gradient": {"gradient_at": "mixture"}, "field": {"gradient_at": "field"}}
     shapes = {"7 x 2": {"rounds": 7, "movers": 2}, "2 x 8": {"rounds": 2, "movers": N}}
-    return {
-        "field": {
-            f"{way}, {shape}, {kl:g} nat{'' if kl == 1 else 's'}{', random direction' * blind}": replace(
-                REFERENCE,
-                horizon=None,
-                kl_budget=kl,
-                random=blind,
-                **where,
-                **size,  # type: ignore[arg-type]
-            )
-            for shape, size in shapes.items()
-            for way, where in ways.items()
-            for kl, blind in ((1.0, False), (2.0, False), (4.0, False), (2.0, True))
-            if not (blind and way == "gradient")
-        }
+    some = {
+        f"{way}, {shape}, {kl:g} nat{'' if kl == 1 else 's'}{', random direction' * blind}": replace(
+            REFERENCE,
+            horizon=None,
+            kl_budget=kl,
+            random=blind,
+            **where,
+            **size,  # type: ignore[arg-type]
+        )
+        for shape, size in shapes.items()
+        for way, where in ways.items()
+        for kl, blind in ((1.0, False), (2.0, False), (4.0, False), (2.0, True))
+        if not (blind and way == "gradient")
     }
+    more = {
+        "gradient, 7 x 2, L = 3, 4 nats": replace(REFERENCE, horizon=None, gradient_at="mixture", steps=3, kl_budget=4.0),
+        **{f"{way}, automatic": replace(REFERENCE, horizon=None, generations=16.0, **where) for way, where in ways.items()},  # type: ignore[arg-type]
+    }
+    return {"field": {**some, **more}}
 
 
 E2E = {
@@ -232,7 +236,7 @@ E2E = {
 
 @dataclass(frozen=True)
 class World:
-    """One task with its models; `prompts(seed)` are held out, and no two seeds share one."""
+    """One task with its models; `prompts(seed)` are held out, and no two seeds share one. A field is fitted to `seen`."""
 
     name: str
     base: Path
@@ -242,14 +246,14 @@ class World:
     length: int
     horizon: int | None
     work: Path
+    seen: Callable[[], list[str]]
 
     def field(self, sampler: VGFSampler) -> GradientField:
         """Fitted once, its CPU seconds beside it."""
         kept = self.work / self.name / "field"
         if not kept.is_dir():
             begun, making = time.process_time(), kept.with_name("field.part")
-            prompts = reviews.generate_prompts(FIELD_PROMPTS, FIELD_SEED, self.name)
-            fit_field(sampler, prompts, max_completion_length=self.length, seed=FIELD_SEED).save_pretrained(making)
+            fit_field(sampler, self.seen(), max_completion_length=self.length, seed=FIELD_SEED).save_pretrained(making)
             (making / "seconds.json").write_text(json.dumps(time.process_time() - begun))
             making.rename(kept)
         return GradientField.from_pretrained(kept)
@@ -303,6 +307,8 @@ def _outcomes(
         steps=variant.steps, step_size=variant.step_size, kl_budget=variant.kl_budget, rounds=variant.rounds,
         coupling=variant.coupling,  # type: ignore[arg-type]
     )  # fmt: skip
+    if variant.generations:
+        budget = TransportBudget.auto(variant.generations)
     if variant.move == "library":
         direction = random_direction if variant.random else None
         out = sampler.sample(prompts, N, budget, world.length, seed=seeds, verify=variant.verify, direction=direction)
@@ -774,6 +780,7 @@ def embedded_worlds(models: Path | None, quick: bool, count: int, work: Path) ->
         World(
             name, base, rewards[name], gold, partial(lambda seed, name: reviews.generate_prompts(count, seed, name), name=name),
             MAX_COMPLETION, None if name == "tone" else 0, work,
+            partial(reviews.generate_prompts, FIELD_PROMPTS, FIELD_SEED, name),
         )
         for name, gold in reviews.GOLD.items()
     ]  # fmt: skip
@@ -781,12 +788,14 @@ def embedded_worlds(models: Path | None, quick: bool, count: int, work: Path) ->
 
 def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: Path) -> World:
     """The held-out meaning representations of benchmarks/e2e_nlg.py."""
-    _, held_out = split_by_mr(load_e2e(data), seed=0, held_out=10 * len(seeds))
+    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=96)
     prompts = sorted({format_prompt(e.slots) for e in held_out})
     random.Random(0).shuffle(prompts)
+    asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in train]
     return World(
         "e2e", newest(models, "base"), [newest(models, f"reward-{k}") for k in range(3)], e2e_gold,
-        lambda seed: prompts[10 * seed : 10 * seed + count], E2E_LENGTH, 0, work,
+        lambda seed: prompts[count * seeds.index(seed) :][:count], E2E_LENGTH, 0, work,
+        lambda: random.Random(FIELD_SEED).sample(asked, FIELD_PROMPTS),
     )  # fmt: skip
 
 
@@ -827,8 +836,9 @@ def main() -> None:
         if world.name == "content" or not args.quick
     ]
     if args.e2e_models:
-        world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 10), args.seeds, work)
-        some = {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
+        # 96 are held out: 24 for each of four seeds.
+        world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 24 if other else 10), args.seeds, work)
+        some = groups if other else {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
         tasks.append((Cells(world, args.seeds, min(args.pool, 64), work, not args.publish), some))
     rows, absent = [], []
     against = groups["field"]["gradient, 7 x 2, 2 nats"] if args.field and not args.quick else REFERENCE

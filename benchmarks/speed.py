@@ -4,7 +4,8 @@
     python -m benchmarks.speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 80 GB
 
 Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
-end at the limit only. Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the particles, reading them in
+end at the limit only. The gradient field is as large as a reward model.
+Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the particles, reading them in
 one forward, gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios
 are of runs in turns.
 
@@ -14,6 +15,7 @@ Writes benchmarks/results/speed.json (speed_cuda.json on a GPU) and docs/img/spe
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import platform
@@ -44,6 +46,7 @@ from transformers import (
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
+from vgf_llm.text.field import GradientField
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,13 +83,14 @@ GRIDS: dict[str, tuple[int, ...]] = {
 }
 
 
-def build(shape: Mapping[str, int], words: int, device: str, members: int) -> tuple[VGFSampler, list[str]]:
-    """A sampler over random models, and the words of its vocabulary."""
+def build(
+    shape: Mapping[str, int], words: int, device: str, members: int, dtype: torch.dtype = torch.float32
+) -> tuple[VGFSampler, GradientField, list[str]]:
+    """A sampler over random models, a gradient field as large as one of them, and the words of their vocabulary."""
     names = [f"w{i}" for i in range(words)]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *names])}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     settings: dict[str, Any] = {"max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, **shape}
     config = GPTNeoXConfig(vocab_size=len(tokenizer), **settings)
     torch.manual_seed(0)
@@ -95,7 +99,10 @@ def build(shape: Mapping[str, int], words: int, device: str, members: int) -> tu
         rewards = [AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval() for _ in range(members)]
     # Never the end of a sequence: all completions have the same length.
     model.get_output_embeddings().register_forward_hook(_no_end)
-    return VGFSampler(model, DifferentiableReward(rewards, tokenizer), tokenizer, flow_batch_size=10**6), names
+    sampler = VGFSampler(model, DifferentiableReward(rewards, tokenizer), tokenizer, flow_batch_size=10**6)
+    field = GradientField(copy.deepcopy(rewards[0].base_model), sampler.reward.width)
+    torch.nn.init.normal_(field.slope.weight)
+    return sampler, field.to(dtype), names
 
 
 def _no_end(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -116,8 +123,10 @@ def timed(sampler: VGFSampler) -> Iterator[dict[str, float]]:
 
         return call
 
+    learned = ((sampler.field, "read", "read prompts"), (sampler.field, "gradients", "flow")) if sampler.field else ()
     with ExitStack() as stack:
         for owner, attribute, stage in (
+            *learned,
             (decode, "read_prompts", "read prompts"),
             (sampler.reward, "read", "read prompts"),
             (decode, "sample", "sample"),
@@ -214,7 +223,7 @@ def row_bytes(shape: Mapping[str, int], words: int, load: Load, size: int) -> di
 def peak(rows: int, preset: str) -> float:
     """Bytes that a call with so many completions in flight takes at its peak, on a CPU, in a process of its own."""
     shape, load = PRESETS[preset]
-    sampler, words = build(shape, VOCABULARY[preset], "cpu", 1)
+    sampler, _, words = build(shape, VOCABULARY[preset], "cpu", 1)
     measure(sampler, words, replace(load, prompts=1, num_particles=1), 1)
     before = high_water()
     measure(sampler, words, replace(load, prompts=1, num_particles=rows), 1)
@@ -238,6 +247,16 @@ def memory(preset: str) -> dict[str, Any]:
     return {"measured_per_row": (taken[1] - taken[0]) / (many - few), "formula_per_row": sum(parts.values()), "parts": parts}
 
 
+def ratios(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What moving the particles takes beside drawing them, and seven rounds beside best-of-64."""
+    drawn = stages["best-of-N"]
+    moving = {name: found["total"] - drawn["total"] for name, found in stages.items() if not name.startswith("best")}
+    return {
+        **{f"moving / sampling: {name}": seconds / drawn["sample"] for name, seconds in moving.items()},
+        **{f"{n} / best-of-64": s["total"] / stages["best-of-64"]["total"] for n, s in stages.items() if n.startswith("seven")},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -247,23 +266,30 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, load = PRESETS[args.preset]
-    sampler, words = build(shape, VOCABULARY[args.preset], device, args.members)
-    measure(sampler, words, replace(load, length=8), 1)  # warm up
-
-    vgf16 = replace(load, rounds=7, movers=2, steps=1)
+    precisions = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
+    built = {p: build(shape, VOCABULARY[args.preset], device, args.members, getattr(torch, p)) for p in precisions}
     cases = {
         "one round, all particles": load,
         "one round, all particles, L = 1": replace(load, steps=1),
-        "seven rounds of two movers, L = 1": vgf16,
+        "one round, all particles, learned field": load,
+        "seven rounds of two movers, L = 1": replace(load, rounds=7, movers=2, steps=1),
+        "seven rounds of two movers, learned field": replace(load, rounds=7, movers=2),
         "best-of-64": replace(load, num_particles=64, steps=0),
         "best-of-N": replace(load, steps=0),
     }
-    stages: dict[str, Any] = {}
+    blocks: dict[tuple[str, int], dict[str, Any]] = {(p, count): {} for p in precisions for count in (load.prompts, 1)}
+    for sampler, _, words in built.values():
+        measure(sampler, words, replace(load, length=8), 1)  # warm up
     for _ in range(args.repeats):  # in turns
-        for name, case in tqdm(cases.items(), desc="stages", leave=False):
-            found = measure(sampler, words, case, 1)
-            if name not in stages or found["total"] < stages[name]["total"]:
-                stages[name] = found
+        for (precision, count), stages in tqdm(blocks.items(), desc="stages", leave=False):
+            sampler, field, words = built[precision]
+            for name, case in cases.items():
+                sampler.field = field if "learned" in name else None
+                found = measure(sampler, words, replace(case, prompts=count), 1)
+                if name not in stages or found["total"] < stages[name]["total"]:
+                    stages[name] = found
+    sampler, _, words = built[precisions[0]]
+    sampler.field = None
     grids: dict[str, list[dict[str, Any]]] = {}
     for field, whole in GRIDS.items():
         small = replace(load, prompts=2, num_particles=4) if field != "prompts" else replace(load, num_particles=4)
@@ -274,21 +300,17 @@ def main() -> None:
             if found["total"] > args.patience:
                 break
     floor = floors(device)
-    drawn = stages["best-of-N"]
-    moving = {n: s["total"] - drawn["total"] for n, s in stages.items() if not n.startswith("best")}
     report = {
         "memory": memory(args.preset) if device == "cpu" and Path("/proc/self/status").exists() else None,
         "preset": args.preset,
         "load": asdict(load),
         "members": args.members,
-        "stages": stages,
-        "ratios": {
-            **{f"moving / sampling: {name}": seconds / drawn["sample"] for name, seconds in moving.items()},
-            "seven rounds of two movers / best-of-64": stages["seven rounds of two movers, L = 1"]["total"]
-            / stages["best-of-64"]["total"],
-        },
+        "blocks": [
+            {"precision": precision, "prompts": count, "stages": stages, "ratios": ratios(stages)}
+            for (precision, count), stages in blocks.items()
+        ],
         "floors": floor,
-        "shares": shares(sampler, load, stages["one round, all particles"], floor),
+        "shares": shares(sampler, load, blocks[precisions[0], load.prompts]["one round, all particles"], floor),
         "grids": grids,
         "machine": {
             "processor": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
@@ -325,14 +347,20 @@ def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=f"seconds ({report['machine']['processor']}, {report['machine']['threads']} threads)", box=None)
-    table.add_column("", no_wrap=True)
-    for column in (*STAGES, "other", "total", "generations"):
-        table.add_column(column, justify="right")
-    for name, found in report["stages"].items():
-        table.add_row(name, *(f"{found[c]:.2f}" for c in (*STAGES, "other", "total", "generations")))
-    console.print(table)
-    console.print(json.dumps({**report["ratios"], **report["shares"]}, indent=2))
+    machine = report["machine"]
+    for block in report["blocks"]:
+        title = (
+            f"seconds, {block['precision']}, {block['prompts']} prompts ({machine['processor']}, {machine['threads']} threads)"
+        )
+        table = Table(title=title, box=None)
+        table.add_column("", no_wrap=True)
+        for column in (*STAGES, "other", "total", "generations"):
+            table.add_column(column, justify="right")
+        for name, found in block["stages"].items():
+            table.add_row(name, *(f"{found[c]:.2f}" for c in (*STAGES, "other", "total", "generations")))
+        console.print(table)
+        console.print(json.dumps(block["ratios"], indent=2))
+    console.print(json.dumps(report["shares"], indent=2))
 
 
 if __name__ == "__main__":

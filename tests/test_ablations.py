@@ -159,7 +159,7 @@ def test_best_of_n_is_level_with_itself():
 def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ablations, "measure", lambda world, variant, seeds: calls.append(variant) or {"7": {"gold": [1.0]}})
-    world = ablations.World("t", tmp_path, [], None, None, 8, horizon=0, work=tmp_path)
+    world = ablations.World("t", tmp_path, [], None, None, 8, horizon=0, work=tmp_path, seen=list)
     absent = ablations.Cells(world, [0], 8, tmp_path, make=False)
     assert absent.of(ablations.REFERENCE) is None
     cells = ablations.Cells(world, [0], 8, tmp_path)

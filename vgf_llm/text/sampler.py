@@ -470,16 +470,20 @@ class VGFSampler:
         prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], chunk.reward_prefix.deal(rows)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
-        mixture = tables.log_mu.exp() @ table
-        # Linear in the embedding of the next token: the same wherever a particle has got to.
-        learned = self.field.gradients(chunk.field_prefix.deal(rows), ids, mask) if self.field and chunk.field_prefix else None
+        if self.field is not None and chunk.field_prefix is not None:
+            known, learned = chunk.rewards.flatten()[rows], self.field.gradients(chunk.field_prefix.deal(rows), ids, mask)
+
+            def look(points: Tensor, step: int) -> tuple[Tensor, Tensor]:
+                return known, learned  # linear in the next embedding: the same wherever a particle has got to
+        else:
+            mixture = tables.log_mu.exp() @ table
+
+            def look(points: Tensor, step: int) -> tuple[Tensor, Tensor]:
+                points = evaluation_points(points, tokens, mixture, moves, self.gradient_at, step, budget.steps)
+                return self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            if learned is not None:
-                values, gradient = chunk.rewards.flatten()[rows], learned
-            else:
-                points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
-                values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
+            values, gradient = look(particles.flatten(0, 1), step)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)
