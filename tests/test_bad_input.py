@@ -129,6 +129,7 @@ OPTIONS = [
     ("bf16", "maybe", "Truthy value expected"),
     ("model_init_kwargs", "[", "model_init_kwargs must be a JSON object, got '['"),
     ("model_init_kwargs", "3", "must be an object such as"),
+    ("chat_template_kwargs", "thinking", "chat_template_kwargs must be a JSON object, got 'thinking'"),
     ("reward_model_init_kwargs", "{", "reward_model_init_kwargs must be a JSON object"),
     ("reward_funcs", "nope", "reward_funcs: nope is not module.function"),
     ("reward_funcs", "no.such.function", "No module named 'no'"),

@@ -561,6 +561,15 @@ def test_chat_messages_are_read_through_the_template():
     assert result_of(mixed, 1) == result_of(plain, 0)
 
 
+def test_the_chat_template_is_given_its_arguments():
+    tokenizer = tiny.tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if nice %} nice{% endif %}"
+    sampler = build(reward="count", processing_class=tokenizer, chat_template_kwargs={"nice": True})
+    messages = [{"role": "user", "content": "good food"}]
+    assert tokenizer.decode(sampler.encode([messages], LENGTH)[0]) == "user good food assistant nice"
+    assert sampler.encode(["good food"], LENGTH) == COUNT.encode(["good food"], LENGTH)
+
+
 def test_all_end_of_sequence_tokens_of_the_generation_config_end_a_completion():
     model = tiny.language_model("llama", VOCAB, eos=EOS, seed=3)
     good = TOKENIZER.convert_tokens_to_ids("good")

@@ -299,6 +299,10 @@ def test_chat_prompts_go_through_the_template(make_trainer, tokenizer):
     (batch,) = chat._make_micro_batches(list(chats), phase=0)
     assert tokenizer.decode(batch["prompt_ids"][0]) == "user the food assistant"
     assert losses(chat) == losses(text)
+    tokenizer.chat_template += "{{ after }}"
+    told = make_trainer(train_dataset=chats, chat_template_kwargs='{"after": " was"}')
+    (batch,) = told._make_micro_batches(list(chats), phase=0)
+    assert tokenizer.decode(batch["prompt_ids"][0]) == "user the food assistant was"
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

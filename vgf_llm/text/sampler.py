@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -139,6 +139,7 @@ class VGFSampler:
             0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.02: on the
             embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
+        chat_template_kwargs: passed to the chat template with every prompt of messages, such as `{"enable_thinking": False}`.
         gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) for the flow to follow instead of the reward's own:
             one forward for all its steps. It counts in what is written after a token, so that `horizon=None` suits it, and
             `gradient_at` plays no part. The reward verifies and selects as ever.
@@ -163,6 +164,7 @@ class VGFSampler:
         movers: int | None = None,
         likelihood_weight: float = 0.02,
         flow_batch_size: int = 32,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         gradient_field: GradientField | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -202,6 +204,7 @@ class VGFSampler:
         self.movers = movers
         self.likelihood_weight = likelihood_weight
         self.flow_batch_size = flow_batch_size
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.eos_ids = _eos_ids(model, processing_class)
 
     def sample(
@@ -522,7 +525,9 @@ class VGFSampler:
             if isinstance(prompt, str):
                 ids = self.processing_class(prompt)["input_ids"]
             else:
-                chat = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+                chat = self.processing_class.apply_chat_template(
+                    prompt, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
+                )
                 ids = cast(BatchEncoding, chat)["input_ids"]
             if not ids:
                 raise ValueError(f"prompt {index} has no tokens: the base model needs at least one to start from")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RESUMED = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "shuffle_dataset", "seed", "data_seed", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
+    "chat_template_kwargs",
     "particle_source", "policy_kl_cap", "flow_steps", "flow_step_size", "flow_kl_budget", "flow_rounds", "flow_movers",
     "flow_horizon", "target", "best_k", "target_temperature", "tilt_kl_cap", "dpo_beta", "mask_truncated_completions",
     "reward_weights", "reward_kappa", "reward_clip_range", "value_heads", "value_lora_rank", "value_learning_rate",

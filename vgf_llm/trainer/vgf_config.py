@@ -16,6 +16,8 @@ from vgf_llm.text.decode import BaseDistribution
 Target = Literal["sft", "weighted", "tilt", "dpo", "advantage"]
 ParticleSource = Literal["reference", "policy"]
 VLLMMode = Literal["colocate", "server"]
+# Fields that are objects, or JSON of them.
+OBJECTS = ("model_init_kwargs", "reward_model_init_kwargs", "chat_template_kwargs")
 
 
 @dataclass
@@ -36,6 +38,8 @@ class VGFConfig(TrainingArguments):
         reward_model_init_kwargs (`dict` or JSON `str`, *optional*):
             The same for reward models given as paths. Kept apart, since a revision or dtype of the policy is seldom
             theirs.
+        chat_template_kwargs (`dict` or JSON `str`, *optional*):
+            Passed to the chat template of the policy with every prompt of messages, as in TRL: `{"enable_thinking": false}`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether models and tokenizers given as paths, of the policy, the rewards and the value model, may bring code of their
             own.
@@ -182,7 +186,7 @@ class VGFConfig(TrainingArguments):
         ValueError: a field is out of range or fields contradict each other; the message says what to do instead.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "reward_model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + list(OBJECTS)
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Update steps between two logs; below 1 a share of all steps."})
@@ -203,6 +207,9 @@ class VGFConfig(TrainingArguments):
     reward_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of AutoModelForSequenceClassification.from_pretrained where rewards are paths."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of the chat template, for prompts that are messages."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models and tokenizers given as paths to bring code of their own."}
@@ -333,7 +340,7 @@ class VGFConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        for name in ("model_init_kwargs", "reward_model_init_kwargs"):
+        for name in OBJECTS:
             _check_object(name, getattr(self, name))
         for name, kind in VGFConfig.__annotations__.items():
             if not _fits(getattr(self, name), kind):

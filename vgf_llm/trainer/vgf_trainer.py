@@ -322,6 +322,7 @@ class VGFTrainer(Trainer):
             horizon=self.args.flow_horizon,
             movers=self.args.flow_movers,
             flow_batch_size=self.args.flow_batch_size,
+            chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # JSON by now
         )
 
     def _sync_policy(self) -> None:
