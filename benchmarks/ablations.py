@@ -46,6 +46,7 @@ from vgf_llm.data import reviews
 from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 from vgf_llm.evaluation.controls import random_direction
 from vgf_llm.evaluation.demo import MAX_COMPLETION, SCALES
+from vgf_llm.evaluation.fidelity import measure_substitutions
 from vgf_llm.evaluation.frontier import POOL_SEED
 from vgf_llm.evaluation.metrics import (
     bootstrap_ci,
@@ -364,6 +365,17 @@ def _outcomes(
                 "texts": each[0],
             },
         )
+
+
+def forecasts(world: World, seed: int) -> dict[str, dict[str, float]]:
+    """Rank correlation of what each gradient says about another token with what it does, the rest kept and written anew, on 24
+    held-out prompts."""
+    sampler = world.sampler(replace(REFERENCE, gradient_at="field"))
+    found = measure_substitutions(
+        sampler, world.prompts(seed)[:24], max_completion_length=world.length, substitutions=12, regenerations=16, seed=seed
+    )
+    changes = {"rest kept": found.fixed, "rest written anew": found.regenerated}
+    return {at: {rest: fidelity(said, change) for rest, change in changes.items()} for at, said in found.predicted.items()}
 
 
 def draw_pool(world: World, seeds: Sequence[int], size: int) -> dict[str, Any]:
@@ -722,6 +734,9 @@ class Cells:
         everyone = self.pool(0)
         return everyone and self._kept("pool-1", lambda: judged_by_one(self.world, self.seeds, everyone))
 
+    def forecasts(self) -> dict | None:
+        return self._kept("forecasts", lambda: forecasts(self.world, self.seeds[0]))
+
     def _kept(self, name: str, measured: Callable[[], dict]) -> dict | None:
         path = self.work / self.world.name / f"{name}.json"
         if not path.is_file():
@@ -854,6 +869,7 @@ def main() -> None:
             "reference": asdict(against),
             "settings": {"prompts": args.prompts, "seeds": args.seeds, "pool": args.pool, "num_particles": N},
             "not_measured": absent,
+            "forecasts": {cells.world.name: cells.forecasts() for cells, _ in tasks} if args.field and not args.quick else None,
             "field_seconds": {p.parent.parent.name: json.loads(p.read_text()) for p in sorted(work.glob("*/field/seconds.json"))},
             "cpu_seconds": spent,
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},

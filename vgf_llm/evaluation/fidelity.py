@@ -208,6 +208,8 @@ class _Texts:
             taken = [reward.value_and_grad(self.prompt_ids, self.prompt_mask, p, self.mask)[1] for p in points]
             result[str(at)] = torch.stack(taken).mean(0)
         result["random"] = random_direction(result["path"], self.moves, self.keys)
+        if (field := self.sampler.field) is not None:
+            result["field"] = field.gradients(field.read(self.prompt_ids, self.prompt_mask), self.ids, self.mask)
         return result
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
