@@ -58,7 +58,7 @@ from vgf_llm.evaluation.metrics import (
 )
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
-from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl
+from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl, fidelity
 from vgf_llm.text import DifferentiableReward, VGFSampler
 from vgf_llm.text.field import GradientField, fit_field
 from vgf_llm.text.prefix import left_pad
