@@ -135,6 +135,9 @@ def test_files_that_are_no_field_are_refused(tmp_path):
     save_file({"score.weight": torch.zeros(1, 16)}, str(tmp_path / "other" / HEADS))
     with pytest.raises(ValueError, match=r"has the weights \['score.weight'\]"):
         GradientField.from_pretrained(tmp_path / "other")
+    (tmp_path / "other" / HEADS).write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"the file is broken or cut off"):
+        GradientField.from_pretrained(tmp_path / "other")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     (tmp_path / "whole" / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     with pytest.raises(ValueError, match=r"sizes in its config.json"):

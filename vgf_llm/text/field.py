@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -100,7 +101,10 @@ class GradientField(nn.Module):
         path = Path(directory) / HEADS
         if not path.is_file():
             raise OSError(f"{directory} holds no {HEADS}: give a folder that GradientField.save_pretrained wrote")
-        heads = load_file(str(path))
+        try:
+            heads = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: the weights cannot be read, the file is broken or cut off: {error}") from error
         expected = {"value.weight", "value.bias", "slope.weight", "slope.bias"}
         if set(heads) != expected:
             raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
