@@ -92,7 +92,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[VGFScriptArguments, VGFCon
     Raises:
         ValueError: an unknown key or value, or no policy, reward or data set.
     """
-    args = TrlParser((VGFScriptArguments, VGFConfig, ModelConfig)).parse_args_and_config(argv)
+    try:
+        args = TrlParser((VGFScriptArguments, VGFConfig, ModelConfig)).parse_args_and_config(argv)
+    except TypeError as error:  # a key of the YAML file that is no string, or a list where a field of transformers wants a number
+        raise ValueError(f"a key or value in the configuration has another type than its option: {error}") from error
     script_args, _, model_args = args
     if not model_args.model_name_or_path:
         raise ValueError("give --model_name_or_path: the supervised model, a directory or a hub id")

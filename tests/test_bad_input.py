@@ -159,6 +159,8 @@ YAML = [
     ("\t", "bad.yaml cannot be read as YAML"),
     (b"\xff\xfe\x00", "bad.yaml cannot be read as YAML"),
     ("nonsense: 1", "--nonsense"),
+    ("1: sft", "bad.yaml has the key 1, which is no string"),
+    ("&a: true", "bad.yaml has the key None, which is no string"),
     ("target: [1]", "target must be one of sft"),
     ("target: null", "target must be one of sft"),
     ("num_generations: many", "invalid int value: 'many'"),

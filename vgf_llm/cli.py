@@ -75,7 +75,7 @@ def recipe(name: str, argv: Sequence[str]) -> None:
 
 
 def _check_yaml(argv: Sequence[str]) -> None:
-    """Raises ValueError, naming the file of `--config`, where it is none or cannot be read as YAML."""
+    """Raises ValueError, naming the file of `--config`, where it is none, cannot be read as YAML, or has keys of another kind."""
     import yaml
 
     if "--config" not in argv:
@@ -84,9 +84,11 @@ def _check_yaml(argv: Sequence[str]) -> None:
     if not after:
         raise ValueError("--config needs a file: a YAML mapping of options")
     try:
-        yaml.safe_load(Path(after[0]).read_text(encoding="utf-8"))
+        said = yaml.safe_load(Path(after[0]).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{after[0]} cannot be read as YAML: {error}") from None
+    if strange := [key for key in said if not isinstance(key, str)] if isinstance(said, dict) else []:
+        raise ValueError(f"{after[0]} has the key {strange[0]!r}, which is no string: keys are names of options")
 
 
 def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int = 8, **options: Any) -> Iterator[dict[str, Any]]:
