@@ -94,8 +94,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[VGFScriptArguments, VGFCon
     """
     try:
         args = TrlParser((VGFScriptArguments, VGFConfig, ModelConfig)).parse_args_and_config(argv)
-    except TypeError as error:  # a key of the YAML file that is no string, or a list where a field of transformers wants a number
-        raise ValueError(f"a key or value in the configuration has another type than its option: {error}") from error
+    except (TypeError, OverflowError) as error:  # a key that is no string; in fields of transformers' own a list, or infinity
+        raise ValueError(f"a key or value in the configuration is not of the kind of its option: {error}") from error
     script_args, _, model_args = args
     if not model_args.model_name_or_path:
         raise ValueError("give --model_name_or_path: the supervised model, a directory or a hub id")

@@ -68,8 +68,8 @@ def recipe(name: str, argv: Sequence[str]) -> None:
         if exit.code != 2:
             raise
         raise ValueError(f"{said.getvalue().strip().rpartition('error: ')[2]} (see `vgf {name} --help`)") from None
-    except TypeError as error:  # a list where a number is wanted, in a field of transformers' own
-        raise ValueError(f"a value in the configuration has another type than its option: {error}") from error
+    except (TypeError, OverflowError) as error:  # a list or infinity where a number is wanted, in a field of transformers' own
+        raise ValueError(f"a key or value in the configuration is not of the kind of its option: {error}") from error
     sys.stderr.write(said.getvalue())  # warnings
     script.main(*options)
 
