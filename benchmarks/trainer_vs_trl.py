@@ -484,14 +484,16 @@ STYLE = {
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Gold against KL above, against seconds below: one line per run, faint, and the mean over seeds where all still ran."""
+    """A column per task; for full weights and for LoRA gold against KL, and below against seconds: one line per run, faint, and
+    the mean over seeds where all still ran."""
     groups = list(dict.fromkeys((r["task"], r["adaptation"]) for r in runs))
-    figure = Figure(figsize=(5 * len(groups) + 2, 8), layout="constrained")
+    tasks, adaptations = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
+    figure = Figure(figsize=(5 * len(tasks) + 2, 7 * len(adaptations) + 1), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(groups), squeeze=False)
-    for column, group in enumerate(groups):
+    axes = figure.subplots(2 * len(adaptations), len(tasks), squeeze=False)
+    for group in groups:
         for row, x in enumerate(("kl", "seconds")):
-            ax = axes[row][column]
+            ax = axes[2 * adaptations.index(group[1]) + row][tasks.index(group[0])]
             for method, (colour, line) in STYLE.items():
                 own = [r["points"] for r in runs if (r["task"], r["adaptation"]) == group and r["method"] == method]
                 if not own:
@@ -510,7 +512,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             ax.set_ylabel("gold reward")
             ax.set_title(f"{group[0]}, {'LoRA' if group[1] == 'lora' else 'full weights'}")
             ax.grid(alpha=0.3)
-    handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {t: h for ax in axes.flat for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
