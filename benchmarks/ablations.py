@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import moves
-from benchmarks.diagnose import newest
+from benchmarks.diagnose import E2E_HELD_OUT, newest
 from benchmarks.e2e_nlg import MAX_COMPLETION as E2E_LENGTH
 from benchmarks.e2e_nlg import gold as e2e_gold
 from vgf_llm.data import reviews
@@ -803,7 +803,7 @@ def embedded_worlds(models: Path | None, quick: bool, count: int, work: Path) ->
 
 def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: Path) -> World:
     """The held-out meaning representations of benchmarks/e2e_nlg.py."""
-    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=96)
+    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=E2E_HELD_OUT)
     prompts = sorted({format_prompt(e.slots) for e in held_out})
     random.Random(0).shuffle(prompts)
     asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in train]
@@ -851,7 +851,7 @@ def main() -> None:
         if world.name == "content" or not args.quick
     ]
     if args.e2e_models:
-        # 96 are held out: 24 for each of four seeds.
+        # 24 for each of four seeds are all that is held out.
         world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 24 if other else 10), args.seeds, work)
         some = groups if other else {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
         tasks.append((Cells(world, args.seeds, min(args.pool, 64), work, not args.publish), some))

@@ -28,7 +28,7 @@ from vgf_llm.text import VGFSampler
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# Meaning representations that the models of benchmarks/e2e_nlg.py were not trained on.
+# Meaning representations that the models of benchmarks/e2e_nlg.py, at its defaults, were not trained on.
 E2E_HELD_OUT = 96
 
 

@@ -156,11 +156,11 @@ def embedded_jobs(directory: Path, settings: Settings, tasks: list[str], log: Ca
 
 def e2e_job(data: Path, models: Path) -> Job:
     """The E2E task, on the models that `benchmarks.e2e_nlg` left in `models`."""
+    from benchmarks.diagnose import E2E_HELD_OUT
     from benchmarks.e2e_nlg import MAX_COMPLETION, gold
     from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 
-    # The split of `benchmarks.e2e_nlg` as it stands: no model has seen these.
-    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=96)
+    train, held_out = split_by_mr(load_e2e(data), seed=0, held_out=E2E_HELD_OUT)
     asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in train]
     unseen = sorted({format_prompt(e.slots) for e in held_out})
 
