@@ -113,8 +113,11 @@ def main() -> None:
     )
     members = [artefact(args.work, f"reward-{k}", (base, k, args.pairs), train_reward, console.log) for k in range(3)]
 
-    task = Task("e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION)
-    rows = measure_task(task, base, judge, members, args.seeds, Plan(kl_budgets=(0.0, 1.0, 2.0, 4.0)), log=console.log)
+    task = Task(
+        "e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION,
+        seen=lambda count: random.Random(1).sample(train_prompts, count),
+    )  # fmt: skip
+    rows = measure_task(task, base, judge, members, args.seeds, Plan(), work=args.work, log=console.log)
     print_table(rows, console)
     write_report(
         ROOT / "benchmarks" / "results" / "e2e_nlg.json",

@@ -5,8 +5,8 @@
 
 A table stands between `<!-- results: FILE TASK ROWS... -->` and `<!-- /results -->`, FILE being the name of a report in
 benchmarks/results, and TASK `-` where it has one task only. ROWS are methods, shown in the order of the report: `vgf` stands
-for its verified rows with all reward models, `vgf:unverified` and `vgf:one` for those without verification and with one
-reward model; sizes may be picked, `best_of_n:8,16`.
+for its verified rows with all reward models, `vgf:unverified`, `vgf:one` and `vgf:own` for those without verification, with one
+reward model and along the reward's own gradient; sizes may be picked, `best_of_n:8,16`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def name(row: Mapping[str, Any], several: int) -> str:
         said = NAMES.get(method, method)
     if "kl_budget" in row and method != "vgf_auto":
         said += f", {row['kl_budget']:g} nat{'' if row['kl_budget'] == 1 else 's'}"
+    if row.get("gradient") == "own":
+        said += ", own gradient"
     if row.get("verified") is False:
         said += ", unverified"
     return said if row.get("members", several) == several else f"{said}, {row['members']} reward model"
@@ -72,6 +74,7 @@ def matches(row: Mapping[str, Any], wanted: str, several: int) -> bool:
         and (not sizes or str(row["num_particles"]) in sizes)
         and (row.get("verified") is False) == ("unverified" in picked)
         and (row.get("members", several) < several) == ("one" in picked)
+        and (row.get("gradient") == "own") == ("own" in picked)
     )
 
 

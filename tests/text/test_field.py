@@ -1,17 +1,21 @@
-"""The learned gradient: it estimates what a token is worth over all that may follow, and the sampler follows it as any other."""
+"""The learned gradient estimates what a token is worth over all that may follow; particles move along it while they are drawn."""
 
+import itertools
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests import tiny
-from tests.text.test_sampler import BUDGET, EOS, LENGTH, PROMPTS, TOKENIZER, VOCAB, build, numbers_of, raw_gain, result_of
+from tests.text.test_sampler import BUDGET, EOS, LENGTH, PROMPTS, TOKENIZER, VOCAB, build, numbers_of, result_of
+from vgf_llm.evaluation.controls import flip, random_direction
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
-from vgf_llm.text.field import HEADS, GradientField, fit_field
+from vgf_llm.text.field import HEADS, GradientField, _gain, fit_field
 from vgf_llm.text.prefix import left_pad
 
 
@@ -59,11 +63,130 @@ def test_the_field_estimates_what_a_token_is_worth_over_all_that_may_follow():
     assert sum(share) / len(share) > 0.5
 
 
-def test_the_flow_follows_the_field_and_its_mirror_image_lowers_the_population():
-    sampler = build(reward="count", gradient_field=FIELD, horizon=None)
-    up = raw_gain(sampler=sampler)
-    down = raw_gain(lambda gradient, mask, keys: -gradient, sampler=sampler)
-    assert up > 0.3 and down < -0.05
+STEERED = build(reward="count", gradient_field=FIELD)
+NATS = TransportBudget(kl_budget=2.0)
+
+
+def mean_reward(sampler, budget, n=64, direction=None):
+    return float(sampler.sample(PROMPTS, n, budget, LENGTH, 0, verify=False, direction=direction).transported.rewards.mean())
+
+
+def test_particles_are_drawn_along_the_field_and_against_it_under_its_mirror_image():
+    still = mean_reward(STEERED, TransportBudget(steps=0))
+    little, much = (mean_reward(STEERED, replace(NATS, kl_budget=nats)) for nats in (0.4, 2.0))
+    assert still + 0.1 < little and little + 0.2 < much
+    assert mean_reward(STEERED, NATS, direction=flip) < still - 0.05
+    assert abs(mean_reward(STEERED, NATS, direction=random_direction) - still) < 0.15
+
+
+def slow(sampler, field, prompt, ids, scale, kl_budget):
+    """log mu, KL and log ratio of one completion, token by token, by whole tables and without any cache."""
+    prompt_ids = sampler.encode([prompt], LENGTH)[0]
+    log_mu_of_all, nats, ratio = 0.0, 0.0, 0.0
+    for t, token in enumerate(ids):
+        before = torch.tensor([prompt_ids + ids[:t]])
+        with torch.no_grad():
+            log_mu = sampler.base.log_probs(sampler.model(before).logits[0, -1]).double()
+            gradient = field.slope(field.backbone(before)[0][0, -1]).double()
+        kept = log_mu.topk(min(sampler.candidates, VOCAB)).indices
+        gain = sampler.reward.table[kept].double() @ gradient
+        tilt = torch.zeros_like(log_mu)
+        tilt[kept] = scale * (gain - (log_mu[kept].softmax(-1) * gain).sum())
+        log_q = (log_mu + tilt).log_softmax(-1)
+        cost = float((log_q.exp() * (log_q - log_mu)).sum())
+        log_q, cost = (log_q, cost) if nats + cost <= kl_budget else (log_mu, 0.0)
+        log_mu_of_all, nats, ratio = log_mu_of_all + float(log_mu[token]), nats + cost, ratio + float((log_q - log_mu)[token])
+    return log_mu_of_all, nats, ratio
+
+
+@pytest.mark.parametrize("candidates", [4, 64])
+def test_candidates_are_weighed_alike_by_rows_of_the_table_and_by_all_of_it(candidates):
+    torch.manual_seed(0)
+    gradient, log_mu, table = torch.randn(5, 2, 6), torch.randn(5, 2, 3000).log_softmax(-1), torch.randn(3000, 6)
+    ids = log_mu.topk(candidates, -1).indices
+    rows = _gain(gradient, log_mu, ids, table)
+    compact, where = ids.unique(return_inverse=True)
+    whole = _gain(gradient, log_mu[..., compact], where, table[compact])
+    torch.testing.assert_close(rows, whole)
+    torch.testing.assert_close((log_mu.gather(-1, ids).softmax(-1) * rows).sum(-1), torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("candidates", [4, 64])
+def test_likelihood_and_nats_are_those_of_a_slow_reference(candidates):
+    sampler = build(reward="count", gradient_field=FIELD, candidates=min(candidates, VOCAB))
+    for kl_budget in (0.2, 3.0):
+        drawn = sampler.sample(PROMPTS, 3, replace(NATS, kl_budget=kl_budget), LENGTH, 5).initial
+        for b, prompt in enumerate(PROMPTS):
+            for i, ids in enumerate(drawn.completion_ids[b]):
+                expected = slow(sampler, FIELD, prompt, ids, FIELD.scale(kl_budget), kl_budget)
+                found = (drawn.logprobs[b, i], drawn.kl[b, i], drawn.log_ratio[b, i])
+                assert [float(x) for x in found] == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_first_token_has_the_tilted_distribution():
+    kl_budget, n = 3.0, 3000
+    drawn = STEERED.sample(PROMPTS[:1], n, replace(NATS, kl_budget=kl_budget), LENGTH, 1).initial
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn.completion_ids[0]]), minlength=VOCAB) / n
+    expected = torch.tensor(
+        [math.exp(sum(slow(STEERED, FIELD, PROMPTS[0], [v], FIELD.scale(kl_budget), kl_budget)[::2])) for v in range(VOCAB)]
+    )
+    assert float(expected.sum()) == pytest.approx(1, abs=1e-4)
+    assert (counts - expected).abs().max() < 4 * 0.5 / math.sqrt(n)
+    plain = STEERED.sample(PROMPTS[:1], n, TransportBudget(steps=0), LENGTH, 1).initial
+    plain_counts = torch.bincount(torch.tensor([ids[0] for ids in plain.completion_ids[0]]), minlength=VOCAB) / n
+    assert (plain_counts - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kl_budget", [0.1, 1.0, 4.0])
+def test_no_completion_spends_more_than_the_budget_and_the_account_is_exact(kl_budget):
+    drawn = STEERED.sample(PROMPTS, 200, replace(NATS, kl_budget=kl_budget), LENGTH, 0).initial
+    assert drawn.kl.max() <= kl_budget * (1 + 1e-5)
+    # Most of it is spent, and the log ratio of what was drawn has the same mean: an unbiased estimate of KL(q || mu).
+    assert drawn.kl.mean() > 0.5 * kl_budget
+    error = float((drawn.log_ratio - drawn.kl).std() / math.sqrt(drawn.kl.numel()))
+    assert abs(float((drawn.log_ratio - drawn.kl).mean())) < 4 * error
+
+
+def test_the_scale_grows_with_the_budget_and_is_none_without_a_direction():
+    scales = [FIELD.scale(nats) for nats in (0.0, 0.01, 0.1, 1.0, 3.0)]
+    assert scales[0] == 0.0 and all(a < b for a, b in itertools.pairwise(scales))
+    untrained = GradientField(tiny.language_model("llama", VOCAB, eos=EOS).base_model, COUNT.reward.width)
+    assert untrained.scale(2.0) == 0.0
+
+
+def test_budget_zero_is_best_of_n_bit_for_bit():
+    for zero in (TransportBudget(steps=0), TransportBudget(kl_budget=0.0)):
+        ours, plain = STEERED.sample(PROMPTS, 5, zero, LENGTH, 4), COUNT.sample(PROMPTS, 5, zero, LENGTH, 4)
+        assert ours.completion_ids == plain.completion_ids
+        assert ours.initial.completion_ids == plain.initial.completion_ids
+        assert torch.equal(ours.rewards, plain.rewards)
+
+
+def test_rounds_draw_what_a_larger_n_would_have_and_keep_the_best():
+    whole, twice = STEERED.sample(PROMPTS, 8, NATS, LENGTH, 2), STEERED.sample(PROMPTS, 4, replace(NATS, rounds=2), LENGTH, 2)
+    assert [row[:4] for row in whole.initial.completion_ids] == twice.initial.completion_ids
+    torch.testing.assert_close(twice.rewards, whole.rewards)
+    torch.testing.assert_close(twice.transported.rewards.sort(1).values, whole.initial.rewards.sort(1).values[:, 4:])
+    assert (whole.generations == 8).all() and (twice.generations > 6).all()
+    few = build(reward="count", gradient_field=FIELD, movers=2).sample(PROMPTS, 4, replace(NATS, rounds=3), LENGTH, 2)
+    torch.testing.assert_close(few.rewards, whole.rewards)
+
+
+def test_given_particles_stay_and_moved_ones_are_drawn_beside_them():
+    given = COUNT.sample(PROMPTS, 4, TransportBudget(steps=0), LENGTH, 9).initial
+    output = STEERED.sample(PROMPTS, 4, NATS, LENGTH, 9, initial=given.completion_ids)
+    assert output.initial.completion_ids == given.completion_ids
+    torch.testing.assert_close(output.initial.rewards, given.rewards)
+    assert (output.rewards >= given.rewards.amax(1) - 1e-5).all()
+    assert (output.transported.kl > 0).any() and (output.generations > 4).all()
+
+
+def test_a_budget_in_generations_starts_at_the_base_model_and_is_kept():
+    output = STEERED.sample(PROMPTS, 4, TransportBudget.auto(12), LENGTH, 3)
+    plain = COUNT.sample(PROMPTS, 4, TransportBudget(steps=0), LENGTH, 3)
+    assert output.initial.completion_ids == plain.initial.completion_ids
+    assert (output.rewards >= plain.rewards).all() and (output.transported.kl > 0).any()
+    assert (output.generations > 8).all() and (output.generations < 16).all()
 
 
 def test_no_gradient_of_the_reward_is_taken(monkeypatch):
@@ -74,17 +197,17 @@ def test_no_gradient_of_the_reward_is_taken(monkeypatch):
 
     monkeypatch.setattr(sampler.reward, "value_and_grad", refuse)
     output = sampler.sample(PROMPTS, 4, BUDGET, LENGTH, 0)
-    assert output.transported.completion_ids != output.initial.completion_ids
-    assert torch.equal(output.trace[0].values[0], output.initial.rewards)
+    assert output.transported.kl.min() > 0 and output.trace == []
 
 
 def test_a_prompts_result_does_not_depend_on_the_rest_of_the_call():
     sampler = build(reward="count", gradient_field=FIELD, flow_batch_size=8)
-    together = sampler.sample(PROMPTS, 4, BUDGET, LENGTH, 3)
-    for index in (0, 3, 5):
-        alone = sampler.sample([PROMPTS[index]], 4, BUDGET, LENGTH, 3)
-        assert result_of(alone, 0) == result_of(together, index)
-        torch.testing.assert_close(numbers_of(alone, 0), numbers_of(together, index), atol=2e-3, rtol=2e-3)
+    for budget in (BUDGET, TransportBudget.auto(9)):
+        together = sampler.sample(PROMPTS, 4, budget, LENGTH, 3)
+        for index in (0, 3, 5):
+            alone = sampler.sample([PROMPTS[index]], 4, budget, LENGTH, 3)
+            assert result_of(alone, 0) == result_of(together, index)
+            torch.testing.assert_close(numbers_of(alone, 0), numbers_of(together, index), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -106,8 +229,8 @@ def test_gradients_are_the_same_with_and_without_a_cache_and_under_any_padding(f
 def test_before_it_has_seen_a_sample_nothing_moves():
     untrained = GradientField(tiny.language_model("llama", VOCAB, eos=EOS).base_model, COUNT.reward.width)
     sampler = build(reward="count", gradient_field=untrained)
-    output = sampler.sample(PROMPTS[:2], 3, BUDGET, LENGTH, 0, verify=False)
-    assert output.transported.completion_ids == output.initial.completion_ids
+    output = sampler.sample(PROMPTS[:2], 3, NATS, LENGTH, 0)
+    assert output.completion_ids == COUNT.sample(PROMPTS[:2], 3, TransportBudget(steps=0), LENGTH, 0).completion_ids
 
 
 def test_fitting_again_gives_the_same_field_and_leaves_sampler_and_random_state_alone():

@@ -24,7 +24,7 @@ from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler
 from vgf_llm.trainer import VGFConfig, VGFTrainer
 
-from .frontier import Measured, Plan, Row, Task, measure_task, row
+from .frontier import Measured, Plan, Row, Task, fitted_field, measure_task, row
 from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
 from .report import markdown_table, print_table, write_atomically, write_report
@@ -32,6 +32,7 @@ from .world import Settings, World, artefact, build_world
 
 
 MAX_COMPLETION = 64
+FIELD_SEED = 31_000  # of the prompts that a gradient field is fitted to
 STUDENT_BATCH = 16
 STUDENT_LEARNING_RATE = 5e-4
 
@@ -51,15 +52,15 @@ SCALES = {
     # Shows that everything runs, and measures nothing.
     "quick": Scale(
         Settings(steps=300, judge_steps=100, trunk_pairs=600, content_pairs=300, content_edits=100, tone_pairs=400, members=2),
-        Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), kl_budget=1.0),
+        Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), field_prompts=24, own_steps=1, own_rounds=2),
         prompts_per_seed=8,
         seeds=(0,),
         student_steps=2,
     ),
-    # Minutes on two cores. One flow step reaches the proxy of three in half the time (docs/method.md).
+    # Minutes on two cores.
     "default": Scale(
         Settings(steps=2_000, judge_steps=400, trunk_pairs=6_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
-        Plan(steps=1, kl_budgets=(0.0, 1.0, 2.0, 4.0, 16.0)),
+        Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=250, own_steps=1),
         prompts_per_seed=6,
         seeds=(0, 1, 2),
         student_steps=4,
@@ -99,7 +100,10 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
 
     rows: list[Row] = []
     for name, gold in reviews.GOLD.items():
-        task = Task(name, gold, partial(_prompts, count=prompts, task=name), MAX_COMPLETION, None if name == "tone" else 0)
+        task = Task(
+            name, gold, partial(_prompts, count=prompts, task=name), MAX_COMPLETION, None if name == "tone" else 0,
+            partial(reviews.generate_prompts, seed=FIELD_SEED, task=name),
+        )  # fmt: skip
         rows += measure_task(
             task,
             world.base,
@@ -107,6 +111,7 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
             world.rewards[name],
             seeds,
             plan,
+            work=output_dir / "models",
             calibration=world.calibration[name],
             log=log,
         )
@@ -148,30 +153,28 @@ def _students(
     steps: int,
     log: Callable[[str], None],
 ) -> list[Row]:
-    """Two policies fitted for the same number of steps: to the best of 16 samples, and to VGF particles of 8 samples."""
-    rows = []
-    for method, particles, flow_steps in (
-        ("student_best_of_n", 16, 0),
-        ("student_vgf", plan.num_particles, plan.steps),
-    ):
+    """Two policies fitted for the same number of steps to the best of as many completions: plain ones, and VGF particles."""
+    rows, n = [], plan.num_particles * plan.rounds
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    base = VGFSampler(AutoModelForCausalLM.from_pretrained(world.base), _reward(world, task.name), tokenizer, flow_batch_size=512)
+    field = fitted_field(task, base, world.rewards[task.name], plan, directory, log)
+    for method in ("student_best_of_n", "student_vgf"):
         measured = Measured([], [], [], [], [], [], [], [], [], 0.0)
+        moved = method == "student_vgf"
         for seed in seeds:
 
-            def make(out: Path, s: Settings, seed: int = seed, particles: int = particles, flow_steps: int = flow_steps) -> None:
+            def make(out: Path, s: Settings, seed: int = seed, moved: bool = moved) -> None:
                 started = time.perf_counter()
                 trainer = VGFTrainer(
                     model=str(world.base),
                     reward_funcs=_reward(world, task.name),
                     args=VGFConfig(
                         output_dir=str(out),
-                        num_generations=particles,
+                        num_generations=n,
                         max_completion_length=MAX_COMPLETION,
-                        flow_steps=flow_steps,
-                        flow_step_size=plan.step_size,
+                        flow_steps=5 if moved else 0,
                         flow_kl_budget=plan.kl_budget,
-                        flow_rounds=plan.rounds,
-                        flow_movers=plan.movers,
-                        flow_horizon=task.horizon,
+                        flow_field=str(field) if moved else None,
                         flow_batch_size=64 * plan.num_particles,
                         per_device_train_batch_size=STUDENT_BATCH,
                         steps_per_generation=min(5, steps),
@@ -198,7 +201,7 @@ def _students(
             path = artefact(directory, f"{method}-{task.name}-{seed}", (settings, plan, steps), make, log, rooms)
             _judge_student(measured, task, world, path, seed)
         extra = {"steps": steps, "members": settings.members, "seeds": len(seeds)}
-        rows.append(row(task, method, measured, 1, 1, training_particles=particles, **extra))
+        rows.append(row(task, method, measured, 1, 1, training_particles=n, **extra))
     return rows
 
 

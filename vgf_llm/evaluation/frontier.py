@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vgf_llm.flow import TransportBudget, best_of_n_curve, best_of_n_kl
 from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
+from vgf_llm.text.field import GradientField, fit_field
 from vgf_llm.text.sampler import Direction
 
 from .controls import flip, random_direction, shuffle_positions
 from .metrics import bootstrap_ci, distinct_n, judge_nll, paired_bootstrap_ci, reward_quantile_kl, selection_kl
+from .world import artefact
 
 
 Gold = Callable[[str, str], float]
@@ -35,6 +37,7 @@ class Task:
     """What is asked and how it is judged.
 
     `prompts(seed)` are the held-out prompts of one seed; seeds do not share prompts, so that intervals over prompts cover both.
+    `seen(count)` are others, for what is fitted: a gradient field needs prompts, and no label.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Task:
     max_completion_length: int
     # How long a tilt outlives the first change (`VGFSampler`): to the end (None) only where position does not matter.
     horizon: int | None = 0
+    seen: Callable[[int], list[str]] | None = None
 
 
 @dataclass
@@ -250,16 +254,97 @@ NS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run for every task. The defaults are those of the demonstration, chosen on the proxy reward of other prompts."""
+    """What is run for every task. The defaults are those of the demonstration, chosen on the proxy reward of other prompts.
+
+    Particles move along a learned gradient (`text.field`), each while it is drawn, `rounds` times N of them. The gradient of the
+    reward itself, on finished texts, stands beside it: three steps a round, six rounds of the two best.
+    """
 
     pool: int = 64
     num_particles: int = 8
-    steps: int = 3
-    step_size: float = 0.5
-    rounds: int = 6
-    movers: int = 2
-    kl_budgets: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-    kl_budget: float = 4.0  # of the controls and of the comparison of one member with several
+    rounds: int = 2
+    kl_budgets: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    kl_budget: float = 1.0  # of the controls and of the comparison of one member with several
+    field_prompts: int = 1_000
+    field_samples: int = 8
+    own_steps: int = 3
+    own_step_size: float = 0.5
+    own_kl_budget: float = 4.0
+    own_rounds: int = 6
+    own_movers: int = 2
+
+    @property
+    def learned(self) -> TransportBudget:
+        """Of particles that move while they are drawn."""
+        return TransportBudget(kl_budget=self.kl_budget, rounds=self.rounds)
+
+    @property
+    def own(self) -> TransportBudget:
+        """Of rounds of flow and decode along the reward's own gradient."""
+        return TransportBudget(
+            steps=self.own_steps, step_size=self.own_step_size, kl_budget=self.own_kl_budget, rounds=self.own_rounds
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of VGF; `gradient` is "learned" or "own"."""
+
+    method: str
+    gradient: str
+    budget: TransportBudget
+    num_particles: int
+    verify: bool = True
+    direction: Direction | None = None
+
+
+def runs(plan: Plan, whole: bool) -> list[Run]:
+    """What is measured with all members (`whole`) and with one.
+
+    Raw rows show the population as the flow made it, once: moving the best alone, unverified, would throw away their selection
+    and say nothing about the direction.
+    """
+    n = plan.num_particles
+    if not whole:
+        return [Run("vgf", "learned", plan.learned, n), Run("vgf", "own", plan.own, n)]
+    raw, raw_own = replace(plan.learned, rounds=1), replace(plan.own, rounds=1)
+    auto = TransportBudget.auto(n * plan.rounds)
+    return [
+        # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
+        *(Run("vgf", "learned", replace(plan.learned, kl_budget=b, steps=5 if b else 0), n) for b in plan.kl_budgets),
+        Run("vgf_auto", "learned", auto, n // 2),
+        Run("vgf_random", "learned", plan.learned, n, direction=CONTROLS["vgf_random"]),
+        Run("vgf", "learned", raw, n, verify=False),
+        *(Run(c, "learned", raw, n, verify=False, direction=CONTROLS[c]) for c in ("vgf_random", "vgf_flip")),
+        Run("vgf", "own", plan.own, n),
+        Run("vgf_random", "own", plan.own, n, direction=CONTROLS["vgf_random"]),
+        Run("vgf", "own", raw_own, n, verify=False),
+        *(Run(name, "own", raw_own, n, verify=False, direction=direction) for name, direction in CONTROLS.items()),
+    ]
+
+
+def fitted_field(
+    task: Task, sampler: VGFSampler, members: Sequence[Path], plan: Plan, work: Path, log: Callable[[str], None]
+) -> Path:
+    """A gradient field of the sampler's reward, which is of these members, on prompts that are not held out. Kept in `work`, with
+    the seconds it took."""
+
+    def make(out: Path, recipe: object) -> None:
+        if task.seen is None:
+            raise ValueError(f"task {task.name!r} names no prompts (seen) to fit a gradient field to")
+        started = time.perf_counter()
+        field = fit_field(
+            sampler,
+            task.seen(plan.field_prompts),
+            num_samples=plan.field_samples,
+            max_completion_length=task.max_completion_length,
+            progress=True,
+        )
+        field.save_pretrained(out)
+        (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+
+    recipe = (plan.field_prompts, plan.field_samples, [member.name for member in members])
+    return artefact(work, f"field-{task.name}-{len(members)}", recipe, make, log, ("data", "flow", "text"))
 
 
 def measure_task(
@@ -270,13 +355,14 @@ def measure_task(
     seeds: Sequence[int],
     plan: Plan | None = None,
     *,
+    work: Path,
     calibration: Sequence[tuple[float, float]] | None = None,
     log: Callable[[str], None],
 ) -> list[Row]:
     """All rows of one task: base, best-of-n, VGF over budgets, its controls; with all members and with one.
 
-    Every row names its `members`; `verified` rows accept and select as a user would, the others show the raw transported
-    population, which is where a control has to show itself.
+    Every row names its `members` and its `gradient`; `verified` rows accept and select as a user would, the others show the raw
+    transported population, which is where a control has to show itself. Gradient fields are kept in `work`.
     """
     plan = Plan() if plan is None else plan
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -287,51 +373,51 @@ def measure_task(
     ensemble = DifferentiableReward(list(members), tokenizer, calibration=calibration)
     single = DifferentiableReward(members[0], tokenizer, calibration=calibration[:1])
 
-    def sampler(reward: DifferentiableReward, movers: int | None) -> VGFSampler:
-        return VGFSampler(model, reward, tokenizer, horizon=task.horizon, movers=movers, flow_batch_size=64 * plan.num_particles)
+    def sampler(reward: DifferentiableReward, field: GradientField | None = None, movers: int | None = None) -> VGFSampler:
+        return VGFSampler(
+            model, reward, tokenizer, horizon=task.horizon, movers=movers, flow_batch_size=64 * plan.num_particles,
+            gradient_field=field,
+        )  # fmt: skip
 
     rows: list[Row] = []
     log(f"{task.name}: a pool of {plan.pool} samples per prompt")
-    pool = draw_pool(task, sampler(ensemble, plan.movers), judge_model, seeds, plan.pool)
+    pool = draw_pool(task, sampler(ensemble), judge_model, seeds, plan.pool)
     for reward, size in ((ensemble, len(members)), (single, 1)):
         if reward is single:
-            pool = rescored(pool, task, sampler(single, plan.movers), seeds)
+            pool = rescored(pool, task, sampler(single), seeds)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
-        whole = TransportBudget(steps=plan.steps, step_size=plan.step_size, kl_budget=plan.kl_budget, rounds=plan.rounds)
-        # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
-        of_nats = [replace(whole, kl_budget=b, steps=plan.steps if b else 0) for b in plan.kl_budgets]
-        runs: list[tuple[str, TransportBudget, bool, Direction | None]] = [("vgf", whole, True, None)]
-        if reward is ensemble:
-            # Raw rows move every particle once: moving the best alone, unverified, would throw away their selection and say
-            # nothing about the direction.
-            raw = replace(whole, rounds=1)
-            runs = [("vgf", budget, True, None) for budget in of_nats]
-            runs += [("vgf_auto", TransportBudget.auto(2 * plan.num_particles), True, None), ("vgf", raw, False, None)]
-            runs += [(name, raw, False, direction) for name, direction in CONTROLS.items()]
-            runs += [("vgf_random", whole, True, CONTROLS["vgf_random"])]
-        for method, budget, verify, direction in runs:
-            log(f"{task.name}: {method}, {budget.kl_budget:g} nats per decode{'' if verify else ', raw'}, {size} reward model(s)")
-            auto = budget.generations is not None
-            movers = None if auto or not verify else plan.movers
-            measured = measure_vgf(
-                task, sampler(reward, movers), judge_model, seeds, plan.num_particles, budget, verify=verify, direction=direction
+        field = GradientField.from_pretrained(fitted_field(task, sampler(reward), members[:size], plan, work, log))
+        for run in runs(plan, reward is ensemble):
+            budget = run.budget
+            log(
+                f"{task.name}: {run.method}, {run.gradient} gradient, {budget.kl_budget:g} nats"
+                f"{'' if run.verify else ', raw'}, {size} reward model(s)"
             )
-            candidates = plan.num_particles
+            auto = budget.generations is not None
+            movers = plan.own_movers if run.gradient == "own" and run.verify else None
+            measured = measure_vgf(
+                task, sampler(reward, field if run.gradient == "learned" else None, movers), judge_model, seeds,
+                run.num_particles, budget, verify=run.verify, direction=run.direction,
+            )  # fmt: skip
+            candidates = run.num_particles
             if auto:
                 candidates = math.ceil(float(np.max(measured.generations)))
-            elif verify and budget.steps:
-                candidates += budget.rounds * plan.movers
+            elif budget.steps:
+                drawn = run.gradient == "learned"
+                candidates *= budget.rounds if drawn else 1
+                candidates += budget.rounds * plan.own_movers if run.verify and not drawn else 0
             rows.append(
                 row(
                     task,
-                    method,
+                    run.method,
                     measured,
-                    plan.num_particles,
+                    run.num_particles,
                     candidates,
-                    steps=budget.steps,
+                    gradient=run.gradient,
+                    steps=budget.steps if run.gradient == "own" else int(budget.steps > 0),
                     rounds=None if auto else budget.rounds,
                     kl_budget=budget.kl_budget,
-                    verified=verify,
+                    verified=run.verify,
                     members=size,
                     seeds=len(seeds),
                     kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),

@@ -46,6 +46,7 @@ _STYLE: Any = {
 }
 # What tells the series of a figure apart. Steps and rounds do not: budget 0 is the first point of its series.
 _SETTING_NAMES: dict[str, Callable[[Any], str]] = {
+    "gradient": lambda gradient: f"{gradient} gradient",
     "num_particles": lambda n: f"N={n:g}",
     "members": lambda m: f"{m:g} reward model{'s' if m != 1 else ''}",
     "verified": lambda verified: "" if verified else "unverified",

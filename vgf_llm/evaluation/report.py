@@ -4,10 +4,11 @@ A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_auto, vgf_random, v
 student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
 interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
-opponent `rate`, `low`, `high` and `ties`. Optional: `kl_budget` in nats, `rounds`, `members`, `verified`,
-`reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with its 95 % interval `..._low` and `..._high`, of a
-paired difference at equal generations, and `gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a
-table shows "-" there, and leaves out a column that no row fills.
+opponent `rate`, `low`, `high` and `ties`. Optional: `gradient` that particles follow ("learned" or the reward's "own"),
+`kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with
+its 95 % interval `..._low` and `..._high`, of a paired difference at equal generations, and
+`gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a table shows "-" there, and leaves out a column
+that no row fills.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def _verified(row: Row) -> str | None:
 # Header and cell; two words of a header stand above each other.
 _COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("method", lambda row: METHOD_NAMES.get(row["method"], str(row["method"]))),
+    ("grad.", lambda row: row.get("gradient")),
     ("N", _whole("num_particles")),
     ("gen.", _generations),
     ("L", _whole("steps")),

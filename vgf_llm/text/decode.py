@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,9 +29,12 @@ from .prefix import Prefix, cache_of, layers_of
 from .prefix import positions as positions_of
 
 
-# Rows [A] that go on, positions [A, k] and logits [A, k, V] there -> the tokens they say [A, k], and of each what is to be added
-# up along the completion, [A, k, quantities].
+# Rows [A] that go on, positions [A, k] and what was read there [A, k, ...], logits first -> the tokens they say [A, k], and of
+# each what is to be added up along the completion, [A, k, quantities].
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Tokens [A, k] with the attention [A, S] up to them, and keys and values of what came before -> what a model makes of them,
+# [A, k, ...].
+Forward = Callable[[Tensor, Tensor, DynamicCache], Tensor]
 
 # Streams of the counter: noise of different use must not repeat.
 SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL, HINDSIGHT_OTHERS, WHICH_OTHER = range(7)
@@ -46,9 +50,9 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]], num_particles: int, st
     return _mix(base[:, None] ^ _mix(torch.arange(start, start + num_particles)[None])).flatten()
 
 
-def round_keys(keys: Tensor, index: int) -> Tensor:
-    """Keys of the same rows for the noise of another round; nested calls do not meet."""
-    return _mix(keys ^ _mix(torch.full_like(keys, index + 1)))
+def round_keys(keys: Tensor, index: int | Tensor) -> Tensor:
+    """Keys of the same rows for the noise of another round, or place; nested calls do not meet."""
+    return _mix(keys ^ _mix(torch.zeros_like(keys) + index + 1))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -161,8 +165,34 @@ class Decoded:
 def read_prompts(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
     """Prompts [B, P], one row each; `Prefix.deal` gives them to their particles."""
     cache = DynamicCache()
-    logits = _forward(model, prompt_ids, prompt_mask, cache)[:, -1]
+    logits = _forward(model, prompt_ids, prompt_mask, cache, keep=1)[:, -1]
     return Prefix(prompt_mask, [layers_of(cache)], logits, torch.arange(len(prompt_ids), device=prompt_ids.device))
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """What is added to log mu at every position of R completions: `values` [R, T, K] at K tokens `ids` [R, T, K], none twice,
+    and nothing at the others."""
+
+    ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What tilts every token of R rows while it is drawn, within a budget per completion.
+
+    Attributes:
+        read: what a model makes of the tokens, as far as `tilt` needs it.
+        prefix: the prompts as it has read them, R rows.
+        tilt: rows [A], positions [A, k], what was read before them [A, k, H], and log mu there [A, k, V] -> the tilt there.
+        kl_budget: nats, sum_t KL(q_t || mu_t) of a completion. A token whose tilt would cost more than is left is drawn without.
+    """
+
+    read: Forward
+    prefix: Prefix
+    tilt: Callable[[Tensor, Tensor, Tensor, Tensor], Tilt]
+    kl_budget: float
 
 
 @torch.no_grad()
@@ -175,22 +205,39 @@ def sample(
     max_new_tokens: int,
     eos_ids: Tensor,
     pad_id: int,
+    steering: Steering | None = None,
 ) -> Decoded:
-    """Ancestral samples [R, T] from mu by Gumbel-max, one for each row of the prompts, keys [R]."""
+    """Ancestral samples [R, T] by Gumbel-max, one for each row of the prompts, keys [R]: from mu, or under `steering` from
+    q_t = mu_t exp(tilt) / Z_t at every token, with the same noise."""
     rows = keys.shape[0]
+    spent = torch.zeros(rows, device=keys.device)
 
-    def choose(active: Tensor, positions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_mu = base.log_probs(logits)
-        tokens = (log_mu + gumbel(keys[active], SAMPLE, positions, log_mu.shape[-1])).argmax(-1)
-        return tokens, log_mu.gather(-1, tokens[..., None])
+    def choose(active: Tensor, positions: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        log_mu = base.log_probs(read[..., :width])
+        noise = gumbel(keys[active], SAMPLE, positions, log_mu.shape[-1])
+        if steering is None:
+            tokens = (log_mu + noise).argmax(-1)
+            return tokens, log_mu.gather(-1, tokens[..., None])
+        tilt = steering.tilt(active, positions, read[..., width:], log_mu)
+        events = with_rest(log_mu, tilt.ids)
+        cost = kl(tilted(events, torch.nn.functional.pad(tilt.values, (0, 1))), events)
+        paid = spent[active, None] + cost <= steering.kl_budget
+        spent[active] += torch.where(paid, cost, 0.0)[:, 0]
+        values = torch.where(paid[..., None], tilt.values, 0.0)
+        tokens = (log_mu + noise).scatter_add(-1, tilt.ids, values).argmax(-1)
+        return tokens, _quantities(log_mu, tilt.ids, values, tokens)
 
     ids = torch.full((rows, max_new_tokens), pad_id, device=keys.device)
     start = torch.zeros(rows, dtype=torch.int64, device=keys.device)
-    logits = cast(Tensor, prefix.logits)[prefix.rows]
-    logprobs = _continue(model, prefix.cache(), prefix.mask[prefix.rows], logits, ids, start, choose, eos_ids)[:, 0]
+    first = cast(Tensor, prefix.logits)[prefix.rows]
+    width, reader = first.shape[-1], _Reader([(partial(_forward, model), prefix.cache())])
+    if steering is not None:
+        reader.parts.append((steering.read, steering.prefix.cache()))
+        first = torch.cat([first, cast(Tensor, steering.prefix.logits)[steering.prefix.rows]], -1)
+    totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
     mask = completion_mask(ids, eos_ids)
-    zeros = torch.zeros_like(logprobs)
-    return Decoded(ids, mask, logprobs, zeros, zeros, mask.sum(1))
+    logprobs, nats, log_ratio = totals.unbind(1) if steering is not None else (totals[:, 0], spent, spent)
+    return Decoded(ids, mask, logprobs, nats, log_ratio, mask.sum(1))
 
 
 @dataclass(frozen=True)
@@ -212,18 +259,9 @@ class Tables:
 def read(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor, base: BaseDistribution) -> Tables:
     """log mu at every position of completions [R, T] of the prompts, in one forward."""
     attention, cache = prefix.attention(mask), prefix.cache()
-    after = _forward(model, ids, attention, cache, keep=ids.shape[1])[:, :-1]
+    after = _forward(model, ids, attention, cache)[:, :-1]
     logits = torch.cat([cast(Tensor, prefix.logits)[prefix.rows][:, None], after], 1)
     return Tables(base.log_probs(logits), cache, attention)
-
-
-@dataclass(frozen=True)
-class Tilt:
-    """What is added to log mu at every position of R completions: `values` [R, T, K] at K tokens `ids` [R, T, K], none twice,
-    and nothing at the others."""
-
-    ids: Tensor
-    values: Tensor
 
 
 def tilted(log_mu: Tensor, tilt: Tensor) -> Tensor:
@@ -362,9 +400,8 @@ def redecode(
         slots = attention.shape[1] + lookahead * ids.shape[1]
         ahead = lookahead if slots <= _window(model) else 1
         continued = new_ids[go]
-        totals[go] += _continue(
-            model, cache, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead
-        )  # fmt: skip
+        reader = _Reader([(partial(_forward, model), cache)])
+        totals[go] += _continue(reader, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead)
         new_ids[go] = continued
     new_mask = completion_mask(new_ids, eos_ids)
     logprobs, spent, log_ratio = totals.unbind(1)
@@ -439,8 +476,8 @@ def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
     return is_eos.int().cumsum(1) - is_eos.int() == 0
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 1) -> Tensor:
-    """Logits of the last `keep` positions. Position ids count real tokens: learned positions need it under padding."""
+def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
+    """Logits of the last `keep` positions, 0: of all. Position ids count real tokens: learned positions need it under padding."""
     return model(
         input_ids=ids,
         attention_mask=attention.long(),
@@ -451,11 +488,25 @@ def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: Dyna
     ).logits
 
 
+class _Reader:
+    """Models that read the same tokens, each with keys and values of its own; what they make of them stands side by side."""
+
+    def __init__(self, parts: list[tuple[Forward, DynamicCache]]) -> None:
+        self.parts = parts
+
+    def __call__(self, ids: Tensor, attention: Tensor) -> Tensor:
+        found = [forward(ids, attention, cache) for forward, cache in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def keep(self, rows: Tensor) -> None:
+        for _, cache in self.parts:
+            cache.batch_select_indices(rows)
+
+
 def _continue(
-    model: PreTrainedModel,
-    cache: DynamicCache,
+    reader: _Reader,
     attention: Tensor,
-    logits: Tensor,
+    first: Tensor,
     ids: Tensor,
     start: Tensor,
     choose: Choose,
@@ -465,16 +516,16 @@ def _continue(
 ) -> Tensor:
     """Fill `ids` [R, T] in place from position `start` [R] on, row by row its own position; finished rows leave the batch.
 
-    `logits` [R, V] are those at `start`. With a draft [R, T], every forward also takes the next `lookahead - 1` tokens of it, and
-    what follows them counts as far as they were said. Returns the quantities of `choose`, added up along each row.
+    `first` [R, ...] is what was read before `start`. With a draft [R, T], every forward also takes `lookahead - 1` tokens of it,
+    and what follows counts as far as they were said. Returns the quantities of `choose`, added up along each row.
     """
     length = ids.shape[1]
     active = torch.arange(len(ids), device=ids.device)
-    positions, guess, logits = start.clone(), start.new_empty(len(ids), 0), logits[:, None]
+    positions, guess, read = start.clone(), start.new_empty(len(ids), 0), first[:, None]
     totals: Tensor | None = None
     while True:
         places = positions[:, None] + torch.arange(guess.shape[1] + 1, device=ids.device)
-        tokens, quantities = choose(active, places, logits)
+        tokens, quantities = choose(active, places, read)
         # A token counts if all guesses before it were right, none of them was the last, and there is room for it.
         ends = torch.isin(tokens, eos_ids)
         right = (tokens[:, :-1] == guess) & ~ends[:, :-1]
@@ -497,7 +548,7 @@ def _continue(
             kept = goes_on.nonzero()[:, 0]
             if len(kept) == 0:
                 return totals
-            cache.batch_select_indices(kept)
+            reader.keep(kept)
             active, positions, said, attention = active[kept], positions[kept], said[kept], attention[kept]
         if draft is not None and lookahead > 1:
             ahead = positions[:, None] + torch.arange(min(lookahead - 1, length - 1), device=ids.device)
@@ -508,7 +559,7 @@ def _continue(
             guess, seen = guess[: len(active)], torch.ones_like(said, dtype=torch.bool)
         block = torch.cat([said, guess], 1)
         attention = torch.cat([attention, seen], 1)
-        logits = _forward(model, block, attention, cache, keep=block.shape[1])
+        read = reader(block, attention)
 
 
 def _right_align(cache: DynamicCache, attention: Tensor, rows: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:

@@ -7,17 +7,27 @@ of the flow. `GradientField` learns the gradient of an action value instead, lin
 
 with V and g read off the hidden state of a causal model before that token, and e in the coordinates of
 `DifferentiableReward.embed`. Fitted by least squares to the rewards of completions that the base model wrote, Q estimates
-E[R | x, y_<=t]: what the token is worth when the base model writes the rest, not when the rest stays as it was. (Tokens are the
-actions of arXiv 2604.14265; the network that gives their gradient is its amortised flow.)
+E[R | x, y_<=t]: what the token is worth when the base model writes the rest, not when the rest stays as it was. Tokens are the
+actions of arXiv 2604.14265, prefixes its states, and the network that gives their gradient is its amortised flow.
+
+Since it needs no finished text, a particle need not be drawn before it is moved: the embedding of every token takes its L steps
+along g, which is the same wherever it has got to, while it is drawn,
+
+    q_t(v) = mu_t(v) exp(lam <g_t, E_v>) / Z_t,
+
+and the next gradient is read behind the token that was said. What L steps of what length would be is one number, `lam`, and it is
+the budget in nats that sets it (`GradientField.scale`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +46,8 @@ if TYPE_CHECKING:
     from .sampler import Prompt, VGFSampler
 
 HEADS = "field.safetensors"
+# Scales lam, per standard deviation of the reward, whose price in nats is measured when a field is fitted.
+SCALES = tuple(2.0 ** (k / 2) for k in range(-12, 13))
 
 
 class GradientField(nn.Module):
@@ -44,11 +56,17 @@ class GradientField(nn.Module):
     Args:
         backbone: causal transformer without a head, with the vocabulary of the policy. Taken as it is, not copied.
         width: D of a particle, `DifferentiableReward.width` of the reward whose gradient this is.
+
+    Attributes:
+        nats: [len(SCALES)] KL(q || mu) of a completion at each of `SCALES`, mean over the samples it was fitted to.
     """
+
+    nats: Tensor
 
     def __init__(self, backbone: PreTrainedModel, width: int) -> None:
         super().__init__()
         self.backbone, self.width = backbone, width
+        self.register_buffer("nats", torch.zeros(len(SCALES)))
         config = backbone.config.get_text_config()
         hidden = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT may project what it puts out
         # Without drawing random numbers: they begin at zero, since before any sample is seen no direction is better than another.
@@ -76,6 +94,43 @@ class GradientField(nn.Module):
         hidden = self._hidden(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), None)
         before = hidden[:, prompt_ids.shape[1] - 1 : -1]
         return self.value(before)[..., 0].float(), self.slope(before).float()
+
+    def scale(self, kl_budget: float) -> float:
+        """lam at which a completion spends `kl_budget` nats in the mean over prompts: one for all, so that the last nat of
+        each buys as much. 0 for a field that has no direction yet."""
+        known = self.nats > 0
+        if not known.any() or kl_budget == 0:
+            return 0.0
+        log_nats, log_scales = self.nats[known].double().log(), torch.tensor(SCALES, dtype=torch.float64)[known.cpu()].log()
+        return math.exp(float(np.interp(math.log(kl_budget), log_nats.cpu().numpy(), log_scales.numpy())))
+
+    def steering(
+        self,
+        prefix: Prefix,
+        table: Tensor,
+        kl_budget: float,
+        candidates: int,
+        direction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> decode.Steering:
+        """For `decode.sample`: particles that move while they are drawn.
+
+        Args:
+            prefix: from `read`, R rows.
+            table: [V, D] embeddings of the vocabulary, `DifferentiableReward.table`.
+            kl_budget: nats that a completion may spend, and about what it spends in the mean (`scale`).
+            candidates: tokens per position that may be favoured, the likeliest of the base model.
+            direction: replaces the gradient [A, k, D] at positions [A, k] of rows [A] in a control experiment, given all three.
+        """
+        scale = self.scale(kl_budget)
+
+        def tilt(rows: Tensor, positions: Tensor, hidden: Tensor, log_mu: Tensor) -> decode.Tilt:
+            gradient = self.slope(hidden.to(self.slope.weight.dtype)).float()
+            if direction is not None:
+                gradient = direction(gradient, rows, positions)
+            ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1).indices
+            return decode.Tilt(ids, scale * _gain(gradient, log_mu, ids, table))
+
+        return decode.Steering(self._hidden, prefix, tilt, kl_budget)
 
     def _hidden(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None) -> Tensor:
         out = self.backbone(
@@ -105,7 +160,7 @@ class GradientField(nn.Module):
             heads = load_file(str(path))
         except SafetensorError as error:
             raise ValueError(f"{path}: the weights cannot be read, the file is broken or cut off: {error}") from error
-        expected = {"value.weight", "value.bias", "slope.weight", "slope.bias"}
+        expected = {"value.weight", "value.bias", "slope.weight", "slope.bias", "nats"}
         if set(heads) != expected:
             raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
         field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0])
@@ -173,24 +228,50 @@ def fit_field(
                 schedule.step()
                 optimizer.zero_grad()
                 bar.update()
-    return field.requires_grad_(False)
+    field.requires_grad_(False)
+    for start in range(0, len(rows), batch_size):
+        field.nats += _nats(field, sampler, rows[start : start + batch_size]) / len(rows)
+    return field
+
+
+def _gain(gradient: Tensor, log_mu: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """<g, E_v> [..., K] of the candidates ids [..., K], less their mean under mu: the tokens that are none stay at 0."""
+    # While the table is small a product with all of it is faster than fetching rows of it for everyone.
+    small = len(table) <= 32 * ids.shape[-1]
+    gain = (gradient @ table.T).gather(-1, ids) if small else (table[ids] @ gradient[..., None])[..., 0]
+    return gain - (log_mu.gather(-1, ids).softmax(-1) * gain).sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def _nats(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """sum_t KL(q_t || mu_t) along completions at each of `SCALES`, summed over the completions: [len(SCALES)]."""
+    prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
+    _, gradient = field(prompt_ids, prompt_mask, ids, mask)
+    candidates, events = decode.coarse(log_mu, sampler.candidates)
+    gain = nn.functional.pad(_gain(gradient, log_mu, candidates, sampler.reward.table), (0, 1))
+    return torch.stack([(decode.kl(decode.tilted(events, scale * gain), events) * mask).sum() for scale in SCALES])
 
 
 def _loss(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]], target: Tensor) -> Tensor:
     """Mean squared error of Q at the tokens that were said, plus that of V before them: Q alone would not say which part of the
     reward is the token's."""
+    prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
+    offset = sampler.reward.embed(ids) - log_mu.exp() @ sampler.reward.table
+    with torch.enable_grad():
+        value, gradient = field(prompt_ids, prompt_mask, ids, mask)
+        action = value + (gradient * offset).sum(-1)
+        wrong = (action - target[:, None]).square() + (value - target[:, None]).square()
+        return wrong[mask].mean()
+
+
+@torch.no_grad()
+def _read(sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and completions of the rows as ids and masks [R, P], [R, T], and log mu [R, T, V]."""
     device = sampler.model.device
     prompt_ids, prompt_mask = left_pad([prompt for prompt, _ in rows], 0, device)
     lengths = torch.tensor([len(ids) for _, ids in rows], device=device)
     length = int(lengths.max())
     ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows], device=device)
     mask = torch.arange(length, device=device) < lengths[:, None]
-    with torch.no_grad():
-        prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
-        mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu.exp()
-        offset = sampler.reward.embed(ids) - mu @ sampler.reward.table
-    with torch.enable_grad():
-        value, gradient = field(prompt_ids, prompt_mask, ids, mask)
-        action = value + (gradient * offset).sum(-1)
-        wrong = (action - target[:, None]).square() + (value - target[:, None]).square()
-        return wrong[mask].mean()
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
+    return prompt_ids, prompt_mask, ids, mask, decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu

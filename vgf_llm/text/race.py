@@ -39,6 +39,7 @@ class Race:
         self.price = torch.zeros_like(self.spent)
         self.tried = torch.zeros_like(self.spent, dtype=torch.bool)
         self.draws = torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+        self.moves = torch.zeros_like(self.draws)
 
     def turns(self) -> tuple[Tensor, Tensor]:
         """Which prompts [B'] move next, and which [B''] draw; a prompt that has spent its completions does neither."""
@@ -60,6 +61,7 @@ class Race:
         price = price.clamp_min(0.25)
         self.price[who] += price
         self.tried[who] = True
+        self.moves[who] += rewards.shape[1]
         self._record(who, rewards, price)
 
     def drew(self, who: Tensor, rewards: Tensor, price: Tensor) -> None:

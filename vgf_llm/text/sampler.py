@@ -65,11 +65,11 @@ class VGFOutput:
         completions: [B] selected texts, one per prompt.
         completion_ids: [B] their token ids.
         rewards: [B] their rewards.
-        initial: the particles as they were drawn.
+        initial: the particles as they were drawn: from the base model, or moved already where a gradient field moved them.
         transported: the particles after all rounds (an unmoved particle is its own result).
         selected: [B] index of the selected completion among the N transported ones, or N + index among the initial ones.
         trace: one flow trace per round, [L, B, N] per field; none under a budget in generations, where every prompt moves in
-            rounds of its own.
+            rounds of its own, nor along a gradient field, where a particle moves token by token.
         generations: [B] base-model completions decoded per prompt: tokens decoded one by one, as multiples of the mean length
             of the prompt's initial particles.
     """
@@ -116,6 +116,10 @@ class VGFSampler:
     (`race.Race`). Then the best of transported and initial particles is selected: never worse than
     best-of-N under the reward, and best-of-N itself at budget zero.
 
+    With a `gradient_field` particles need not be drawn before they move: every token is drawn under the tilt that the field gives
+    its prefix (`field`), N particles in each of `budget.rounds`, and the N best stay. No completion spends more than
+    `budget.kl_budget` nats, so that KL(q || mu) <= kl_budget for every prompt, and `kl` is exact.
+
     A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
 
     Args:
@@ -131,7 +135,7 @@ class VGFSampler:
         horizon: how many positions after the first change a tilt holds (`decode.redecode`). None: to the end, right where
             position does not matter; 0, the default: what follows a change is the base model's alone, since the gradient
             speaks about a text that no longer exists.
-        movers: how many particles of a prompt, best first, every round moves. Default None: all N. One particle of a prompt
+        movers: how many particles of a prompt, best first, every round moves (along a field: draws). Default None: all N. One
             is selected in the end, so with several rounds the decodes of poor ones are the likeliest to be spent in vain: fewer
             movers save them, and look for improvement among the best alone.
         likelihood_weight: w >= 0. A particle moves if `R + w sigma log mu` rises, the log density of mu exp(R / alpha) times
@@ -140,9 +144,9 @@ class VGFSampler:
             embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
         flow_batch_size: completions in memory at once. Default 32.
         chat_template_kwargs: passed to the chat template with every prompt of messages, such as `{"enable_thinking": False}`.
-        gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) for the flow to follow instead of the reward's own:
-            one forward for all its steps. It counts in what is written after a token, so that `horizon=None` suits it, and
-            `gradient_at` plays no part. The reward verifies and selects as ever.
+        gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) to follow instead of the reward's own: one forward of
+            its model per token instead of gradients. It counts in what is written after a token. `gradient_at`, `horizon`,
+            `likelihood_weight` and the steps of a budget (but for 0) play no part. The reward selects as ever.
 
     Raises:
         ValueError: no tokenizer for a model object, no padding or end-of-sequence token, another vocabulary in the reward
@@ -226,12 +230,14 @@ class VGFSampler:
         Args:
             prompts: strings in final form, or lists of chat messages (the chat template adds the generation prompt).
             num_particles: N.
-            budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend.
+            budget: how far particles may move; default `TransportBudget()`. `kl_budget` is what one decode may spend. Under
+                `generations` the initial particles are the base model's, whatever moves the others.
             max_completion_length: T, in tokens.
             seed: of the noise, one for all prompts or one per prompt: equal prompts with equal seeds get equal particles.
             initial: [B][N] token ids of completions that another engine drew from the base distribution, taken for the initial
                 particles instead of drawing them. Each ends with its end-of-sequence token, or is as long as T and has none. The
-                base model reads them once, for their log-probabilities; everything else is as if it had drawn them.
+                base model reads them once, for their log-probabilities; everything else is as if it had drawn them. A gradient
+                field draws its particles beside them.
             verify: a particle moves only if its reward rises (see `likelihood_weight`), and the initial particles stay in the
                 selection. False gives the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
@@ -285,7 +291,10 @@ class VGFSampler:
         start: int,
     ) -> VGFOutput:
         """One chunk of B prompts, on R = B * N rows. `start`: index of its first prompt in the call."""
-        chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start)
+        # Under a field particles move while they are drawn; given ones, and those a race compares with, are the base model's.
+        steered = self.field is not None and not budget.is_zero
+        at_once = steered and initial is None and budget.generations is None
+        chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start, budget if at_once else None, direction)
         drawn, rewards = chunk.state, chunk.rewards
         traces: list[Trace] = []
         rounds = 0 if budget.is_zero else budget.rounds
@@ -293,18 +302,26 @@ class VGFSampler:
         if budget.generations is None:
             everyone = torch.arange(len(prompts), device=rewards.device)
             for index in range(rounds):
-                traces.append(self._move(chunk, everyone, movers, index, budget, verify, direction)[0])
+                if not steered:
+                    traces.append(self._move(chunk, everyone, movers, index, budget, verify, direction)[0])
+                elif index >= at_once:
+                    before = [n * at_once + movers * (index - at_once)] * len(prompts)
+                    self._draw(chunk, everyone, movers, before, budget, direction)
         else:
             race = Race(rewards, budget.generations, min(self.movers or PER_TURN, n))
             for index in range(rounds):
                 moving, drawing = race.turns()
                 if not len(moving) + len(drawing):
                     break
-                if len(moving):
+                if len(moving) and steered:
+                    before = race.moves[moving].tolist()
+                    race.moved(moving, *self._draw(chunk, moving, race.turn, before, budget, direction))
+                elif len(moving):
                     _, found, spent = self._move(chunk, moving, race.turn, index, budget, verify, direction)
                     race.moved(moving, found, spent)
                 if len(drawing):
-                    race.drew(drawing, *self._draw(chunk, drawing, race.turn, race.draws[drawing].tolist()))
+                    before = [n + drawn for drawn in race.draws[drawing].tolist()]
+                    race.drew(drawing, *self._draw(chunk, drawing, race.turn, before))
         state, state_rewards = chunk.state, chunk.rewards
         # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
         pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
@@ -332,8 +349,10 @@ class VGFSampler:
         initial: Sequence[Sequence[Sequence[int]]] | None,
         scorer: Scorer | None,
         start: int,
+        budget: TransportBudget | None,
+        direction: Direction | None,
     ) -> _Chunk:
-        """Read the prompts and draw their particles, or take those given."""
+        """Read the prompts and draw their particles, moved within a budget if there is one, or take those given."""
         device = self.model.device
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
@@ -342,8 +361,9 @@ class VGFSampler:
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         if initial is None:
             drawn = decode.sample(
-                self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad
-            )
+                self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad,
+                steering=self._steering(field_prefix, keys, budget, direction),
+            )  # fmt: skip
         else:
             drawn = self._read_initial(initial, prefix, length, start)
         chunk = _Chunk(
@@ -429,23 +449,35 @@ class VGFSampler:
         chunk.generations[who] += spent
         return trace, torch.where(changed, moved_rewards, torch.nan).view(-1, movers), spent
 
-    def _draw(self, chunk: _Chunk, who: Tensor, count: int, drawn_before: list[int]) -> tuple[Tensor, Tensor]:
-        """Draw `count` more samples for the prompts `who` [B']. Returns their rewards [B', count] and what they cost [B'].
+    def _draw(
+        self,
+        chunk: _Chunk,
+        who: Tensor,
+        count: int,
+        before: list[int],
+        budget: TransportBudget | None = None,
+        direction: Direction | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw `count` more particles for the prompts `who` [B'], from the base model, or moved within a budget along the field.
+        Returns their rewards [B', count] and what they cost [B'].
 
-        They are the particles that a larger N would have begun with.
+        They are those that a larger N would have begun with, behind the first `before` [B'].
         """
-        n = chunk.n
-        rows = who.repeat_interleave(count) * n
-        keys = [
-            decode.row_keys(chunk.seeds[b], [chunk.prompts[b]], count, n + before)
-            for b, before in zip(who.tolist(), drawn_before, strict=True)
+        rows = who.repeat_interleave(count) * chunk.n
+        several = [
+            decode.row_keys(chunk.seeds[b], [chunk.prompts[b]], count, index)
+            for b, index in zip(who.tolist(), before, strict=True)
         ]
+        keys, field_prefix = torch.cat(several).to(rows.device), chunk.field_prefix
+        if budget is not None and budget.generations is not None:
+            keys = decode.round_keys(keys, 0)  # moved and plain samples of one prompt must not share their noise
         drawn = decode.sample(
-            self.model, chunk.prefix.deal(rows), torch.cat(keys).to(rows.device), base=self.base,
-            max_new_tokens=chunk.length, eos_ids=self.eos_ids, pad_id=self._pad,
+            self.model, chunk.prefix.deal(rows), keys, base=self.base, max_new_tokens=chunk.length, eos_ids=self.eos_ids,
+            pad_id=self._pad, steering=self._steering(field_prefix and field_prefix.deal(rows), keys, budget, direction),
         )  # fmt: skip
         rewards = self._score(chunk, rows, drawn).view(-1, count)
         # One after the other: a sample takes the place of the worst particle, if it is better.
+        n = chunk.n
         for column in range(count):
             place = who * n + chunk.rewards[who].argmin(1)
             new = rewards[:, column]
@@ -455,6 +487,21 @@ class VGFSampler:
         spent = drawn.new_tokens.view(-1, count).sum(1) / chunk.mean_length[who]
         chunk.generations[who] += spent
         return rewards, spent
+
+    def _steering(
+        self, prefix: Prefix | None, keys: Tensor, budget: TransportBudget | None, direction: Direction | None
+    ) -> decode.Steering | None:
+        """How rows with noise keys [R] move while they are drawn; without a field or a budget they do not."""
+        if self.field is None or prefix is None or budget is None:
+            return None
+
+        def another(gradient: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+            assert direction is not None
+            mask = torch.ones_like(positions, dtype=torch.bool)
+            return direction(gradient, mask, decode.round_keys(keys[rows], positions[:, 0]))
+
+        replaced = another if direction is not None else None
+        return self.field.steering(prefix, self.reward.table, budget.kl_budget, self.candidates, replaced)
 
     def _round(
         self,
@@ -473,20 +520,11 @@ class VGFSampler:
         prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], chunk.reward_prefix.deal(rows)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
-        if self.field is not None and chunk.field_prefix is not None:
-            known, learned = chunk.rewards.flatten()[rows], self.field.gradients(chunk.field_prefix.deal(rows), ids, mask)
-
-            def look(points: Tensor, step: int) -> tuple[Tensor, Tensor]:
-                return known, learned  # linear in the next embedding: the same wherever a particle has got to
-        else:
-            mixture = tables.log_mu.exp() @ table
-
-            def look(points: Tensor, step: int) -> tuple[Tensor, Tensor]:
-                points = evaluation_points(points, tokens, mixture, moves, self.gradient_at, step, budget.steps)
-                return self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
+        mixture = tables.log_mu.exp() @ table
 
         def score_fn(particles: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            values, gradient = look(particles.flatten(0, 1), step)
+            points = evaluation_points(particles.flatten(0, 1), tokens, mixture, moves, self.gradient_at, step, budget.steps)
+            values, gradient = self.reward.value_and_grad(prompt_ids, prompt_mask, points, mask, prefix)
             if direction is not None:
                 gradient = direction(gradient, moves, decode.round_keys(keys, step))
             return values.view(shape), gradient.view(particles.shape)

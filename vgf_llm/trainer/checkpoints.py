@@ -23,9 +23,9 @@ RESUMED = (
     "shuffle_dataset", "seed", "data_seed", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
     "chat_template_kwargs",
     "particle_source", "policy_kl_cap", "flow_steps", "flow_step_size", "flow_kl_budget", "flow_rounds", "flow_movers",
-    "flow_horizon", "target", "best_k", "target_temperature", "tilt_kl_cap", "dpo_beta", "mask_truncated_completions",
-    "reward_weights", "reward_kappa", "reward_clip_range", "value_heads", "value_lora_rank", "value_learning_rate",
-    "value_replay_size", "value_warmup_samples", "value_batch_size", "value_update_ratio",
+    "flow_horizon", "flow_field", "target", "best_k", "target_temperature", "tilt_kl_cap", "dpo_beta",
+    "mask_truncated_completions", "reward_weights", "reward_kappa", "reward_clip_range", "value_heads", "value_lora_rank",
+    "value_learning_rate", "value_replay_size", "value_warmup_samples", "value_batch_size", "value_update_ratio",
 )  # fmt: skip
 SETTINGS_FILE = "vgf_settings.json"
 MANIFEST_FILE = "vgf_manifest.json"

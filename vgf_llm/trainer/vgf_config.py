@@ -131,6 +131,11 @@ class VGFConfig(TrainingArguments):
         flow_horizon (`int`, *optional*, defaults to `0`):
             Positions after the first changed token that the tilt still holds; `None`: to the end, for rewards to which
             position does not matter (see `VGFSampler`).
+        flow_field (`str`, *optional*):
+            Folder of a learned gradient of the reward (`vgf_llm.text.field.fit_field`), fitted to the reference. Particles then
+            move while they are drawn, which costs one forward of its model per token and no gradient; `flow_rounds` times
+            `num_generations` are drawn, and `flow_kl_budget` is what one of them may spend. Needs `particle_source="reference"`
+            and a target that is fitted to completions: `"sft"`, `"weighted"` or `"dpo"`.
 
         > Target
 
@@ -292,6 +297,10 @@ class VGFConfig(TrainingArguments):
         metadata={"help": "Positions after the first changed token that the tilt still holds; None: to the end."},
     )
 
+    flow_field: str | None = field(
+        default=None, metadata={"help": "Folder of a learned gradient (vgf_llm.text.field), along which particles are drawn."}
+    )
+
     target: Target = field(
         default="sft",
         metadata={
@@ -399,6 +408,12 @@ class VGFConfig(TrainingArguments):
             raise ValueError(
                 f"flow_movers ({self.flow_movers}) must be between 1 and num_generations ({self.num_generations}), the "
                 "particles of a prompt; None moves all of them"
+            )
+        if self.flow_field is not None and (self.particle_source != "reference" or self.target in ("tilt", "advantage")):
+            raise ValueError(
+                "flow_field moves particles of the reference and gives no dense targets, but "
+                f"particle_source={self.particle_source!r} and target={self.target!r}: use particle_source='reference' and "
+                "target 'sft', 'weighted' or 'dpo'"
             )
         if self.target == "dpo" and (self.best_k != 1 or self.num_generations < 2):
             raise ValueError(

@@ -49,6 +49,7 @@ from vgf_llm import __version__
 from vgf_llm.flow import TransportBudget, diagnostics
 from vgf_llm.text import VGFOutput, VGFSampler, tilt
 from vgf_llm.text.decode import row_keys
+from vgf_llm.text.field import GradientField
 from vgf_llm.text.loading import load_whole
 from vgf_llm.text.sampler import Particles
 from vgf_llm.text.value import ValueModel
@@ -234,6 +235,7 @@ class VGFTrainer(Trainer):
         # After super().__init__, which moves the model to its device, and before an engine wraps it.
         self._whole: Any = whole_copy(model, args.device) if self._sharded and self.is_peft else None if self._sharded else model
         reference = self._whole if self.is_peft else whole_copy(model, args.device)
+        self._field = None if args.flow_field is None else GradientField.from_pretrained(args.flow_field)
         self._samplers = {"reference": self._make_sampler(reference)}
         self._vllm: Engine | None = None
         self._vllm_has_weights = False
@@ -321,6 +323,7 @@ class VGFTrainer(Trainer):
             top_p=self.args.top_p,
             horizon=self.args.flow_horizon,
             movers=self.args.flow_movers,
+            gradient_field=self._field,
             flow_batch_size=self.args.flow_batch_size,
             chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # JSON by now
         )
@@ -482,7 +485,7 @@ class VGFTrainer(Trainer):
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
             # Once between two logs: it costs as much as a flow step.
-            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage"))
+            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage")) and self._field is None
             if not pull and followed and "flow/fidelity" not in metrics:
                 self._measure_fidelity(sampler, prompt_ids, output, places[0])
             size = self.args.prompts_per_micro_batch
