@@ -15,7 +15,7 @@ from tests.text.test_sampler import BUDGET, EOS, LENGTH, PROMPTS, TOKENIZER, VOC
 from vgf_llm.evaluation.controls import flip, random_direction
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
-from vgf_llm.text.field import HEADS, GradientField, _gain, fit_field
+from vgf_llm.text.field import HEADS, GradientField, _gain, first_layers, fit_field
 from vgf_llm.text.prefix import left_pad
 
 
@@ -285,3 +285,27 @@ def test_a_reward_that_says_the_same_of_everything_is_refused():
 def test_a_loss_that_is_not_finite_ends_the_fit():
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         fitted(COUNT, learning_rate=1e30, num_samples=8)
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "opt"])
+def test_the_first_layers_make_a_model_of_their_own(family, tmp_path):
+    whole = tiny.language_model(family, VOCAB, eos=EOS).base_model
+    part = first_layers(whole, 1)
+    assert 1 == part.config.num_hidden_layers < whole.config.num_hidden_layers
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden = whole(ids, output_hidden_states=True).hidden_states[1]
+        norm = next(getattr(whole, n) for n in ("norm", "final_layer_norm", "ln_f") if hasattr(whole, n))
+        torch.testing.assert_close(part(ids)[0], norm(hidden))
+    field = GradientField(part, 6)
+    field.save_pretrained(tmp_path)
+    assert GradientField.from_pretrained(tmp_path).backbone.config.num_hidden_layers == 1
+
+
+def test_a_field_of_fewer_layers_is_followed_too():
+    field = fitted(COUNT, layers=1)
+    assert field.backbone.config.num_hidden_layers == 1
+    still, moved = (mean_reward(build(reward="count", gradient_field=field), b) for b in (TransportBudget(steps=0), NATS))
+    assert moved > still + 0.3
+    with pytest.raises(ValueError, match=r"has no 9 layers in a list called `layers` or `h`"):
+        fitted(COUNT, layers=9)

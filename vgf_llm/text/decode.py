@@ -219,13 +219,14 @@ def sample(
             tokens = (log_mu + noise).argmax(-1)
             return tokens, log_mu.gather(-1, tokens[..., None])
         tilt = steering.tilt(active, positions, read[..., width:], log_mu)
-        events = with_rest(log_mu, tilt.ids)
-        cost = kl(tilted(events, torch.nn.functional.pad(tilt.values, (0, 1))), events)
-        paid = spent[active, None] + cost <= steering.kl_budget
-        spent[active] += torch.where(paid, cost, 0.0)[:, 0]
+        price, shift = _price(log_mu, tilt.ids, tilt.values)
+        paid = spent[active, None] + price <= steering.kl_budget
         values = torch.where(paid[..., None], tilt.values, 0.0)
+        price, shift = torch.where(paid, price, 0.0), torch.where(paid, shift, 0.0)
+        spent[active] += price[:, 0]
         tokens = (log_mu + noise).scatter_add(-1, tilt.ids, values).argmax(-1)
-        return tokens, _quantities(log_mu, tilt.ids, values, tokens)
+        ratio = (values * (tilt.ids == tokens[..., None])).sum(-1) - shift
+        return tokens, torch.stack([log_mu.gather(-1, tokens[..., None])[..., 0], price, ratio], -1)
 
     ids = torch.full((rows, max_new_tokens), pad_id, device=keys.device)
     start = torch.zeros(rows, dtype=torch.int64, device=keys.device)
@@ -447,19 +448,23 @@ def _verify(log_mu: Tensor, draft: Tensor, tilt: Tilt, keys: Tensor, place: Tens
 
 def _quantities(log_mu: Tensor, ids: Tensor, values: Tensor, said: Tensor) -> Tensor:
     """[R, T, 3]: log mu of the tokens said [R, T]; KL(q || mu) where they were said; log q - log mu of them."""
-    events, tilt = with_rest(log_mu, ids), torch.nn.functional.pad(values, (0, 1))
-    log_q = tilted(events, tilt)
-    shift = torch.logsumexp(events + tilt, -1)
+    price, shift = _price(log_mu, ids, values)
     ratio = (values * (ids == said[..., None])).sum(-1) - shift
     some = (values != 0).any(-1)
     return torch.stack(
         [
             log_mu.gather(-1, said[..., None])[..., 0],
-            torch.where(some, kl(log_q, events), 0.0),
+            torch.where(some, price, 0.0),
             torch.where(some, ratio, 0.0),
         ],
         -1,
     )
+
+
+def _price(log_mu: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || mu) and log Z of q = mu exp(tilt) / Z, [R, T] each, for a tilt of `values` [R, T, K] at tokens `ids`."""
+    events, tilt = with_rest(log_mu, ids), torch.nn.functional.pad(values, (0, 1))
+    return kl(tilted(events, tilt), events), torch.logsumexp(events + tilt, -1)
 
 
 def _window(model: PreTrainedModel) -> float:

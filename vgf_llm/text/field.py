@@ -168,10 +168,32 @@ class GradientField(nn.Module):
         return field.requires_grad_(False)
 
 
+def first_layers(backbone: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A copy of the first `count` layers of a causal transformer, with what comes before and after them.
+
+    Raises:
+        ValueError: it has fewer, or they are not in a list called `layers` or `h`.
+    """
+    copied = copy.deepcopy(backbone)
+    name = next((name for name in ("layers", "h") if isinstance(getattr(copied, name, None), nn.ModuleList)), None)
+    if name is None or not 1 <= count <= len(getattr(copied, name)):
+        raise ValueError(
+            f"{type(backbone).__name__} has no {count} layers in a list called `layers` or `h`: leave layers at None, which "
+            "takes all"
+        )
+    setattr(copied, name, getattr(copied, name)[:count])
+    config = copied.config.get_text_config()
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    return copied
+
+
 def fit_field(
     sampler: VGFSampler,
     prompts: Sequence[Prompt],
     *,
+    layers: int | None = None,
     num_samples: int = 8,
     max_completion_length: int = 64,
     epochs: int = 2,
@@ -187,6 +209,8 @@ def fit_field(
 
     Args:
         sampler: base model and reward; a field it may have already plays no part.
+        layers: how many of the backbone's layers, from the first on, which is what drawing along the field costs. Default None:
+            all.
         prompts: to draw from, `num_samples` completions each. docs/sampler.md measures a thousand prompts with 8 each.
         max_completion_length: T, in tokens.
         epochs, batch_size, learning_rate: passes over the samples, completions per step, and the peak of one cycle of AdamW.
@@ -210,8 +234,9 @@ def fit_field(
 
     own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
     source = next((model for model in own if isinstance(model, PreTrainedModel)), sampler.model.base_model)
-    backbone = copy.deepcopy(cast(PreTrainedModel, source)).float().requires_grad_(True)
-    field = GradientField(backbone, sampler.reward.width)
+    source = cast(PreTrainedModel, source)
+    backbone = copy.deepcopy(source) if layers is None else first_layers(source, layers)
+    field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(rows) // batch_size)
     optimizer = torch.optim.AdamW(field.parameters(), lr=learning_rate, weight_decay=0.01)
