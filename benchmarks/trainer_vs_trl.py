@@ -19,8 +19,10 @@ by the *proxy* reward where the run crosses each KL of `KLS`, or at its end if i
 Goals: the highest gold at every KL in `KLS`, RLOO's gold at KL 2 in a quarter of its time, and a step at most 1.25 times as long
 as RLOO's. The report says which hold.
 
-Methods: VGFTrainer with each target, particles of the reference and of the policy; best-of-n distillation from both (VGFTrainer
-with flow_steps=0); RLOO and GRPO; DPO on the best and the worst of 8 samples of the base model, drawn within its time.
+Methods: VGFTrainer with each target, particles of the reference and of the policy; `sft` on particles of the reference that are
+drawn along a learned gradient; best-of-n distillation from both (VGFTrainer with flow_steps=0); RLOO and GRPO; DPO on the best
+and the worst of 8 samples of the base model, drawn within its time. The gradient is fitted once per task, to prompts that are not
+held out: its seconds are stated below the table, and are in no time of it.
 
 Every run is a file under `--runs` and is not repeated: a cut benchmark goes on where it was. Delete the folder after a change
 of what is measured. Writes benchmarks/results/trainer_vs_trl.json, its table beside it, and docs/img/trainer_vs_trl.png.
@@ -59,6 +61,7 @@ from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.field import fit_field
 from vgf_llm.trainer import VGFConfig, VGFTrainer
 
 
@@ -73,6 +76,8 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 PILOT = 1_000
 # Students' samples per held-out prompt.
 SAMPLES = 4
+# What a field is fitted to: prompts to train on, of a seed that no run has, and samples of each.
+FIELD_PROMPTS, FIELD_SAMPLES, FIELD_SEED = 1_000, 8, 31_000
 # A family with one rate is not tuned: a likelihood takes that of the demonstration's students, pairs the middle of the others.
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {
@@ -91,6 +96,8 @@ VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
     "best_of_n_policy": {"flow_steps": 0, **POLICY},
     "vgf_sft": FLOW,
+    # Along a learned gradient, whose folder `run` is given: 8 particles are drawn in all, and moved while they are.
+    "vgf_sft_field": {"flow_kl_budget": 1.0, "flow_rounds": 1},
     "vgf_tilt": {"flow_steps": 0, "target": "tilt"},
     "vgf_sft_policy": {**FLOW, **POLICY},
     "vgf_weighted_policy": {**FLOW, "target": "weighted", "target_temperature": 0.3, **POLICY},
@@ -230,8 +237,10 @@ def shared(out: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(job: Job, method: str, adaptation: str, seed: int, rate: float, steps: int, held_out: int) -> dict[str, Any]:
-    """Train one student, measured along the way."""
+def run(
+    job: Job, method: str, adaptation: str, seed: int, rate: float, steps: int, held_out: int, field: Path | None
+) -> dict[str, Any]:
+    """Train one student, measured along the way. `field`: folder of the gradient that its particles follow, if it was learned."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     reward = job.reward(tokenizer)
     schedule = tuple(step for step in SCHEDULE if step <= steps)
@@ -252,7 +261,7 @@ def run(job: Job, method: str, adaptation: str, seed: int, rate: float, steps: i
             args = VGFConfig(
                 num_generations=GENERATIONS, max_completion_length=job.max_completion_length, flow_horizon=job.horizon,
                 flow_batch_size=PROMPTS_PER_STEP * GENERATIONS, per_device_train_batch_size=PROMPTS_PER_STEP * rows,
-                activation_checkpointing=False, **extra, **common,
+                activation_checkpointing=False, flow_field=None if field is None else str(field), **extra, **common,
             )  # fmt: skip
             dataset = Dataset.from_dict({"prompt": prompts})
             trainer = VGFTrainer(str(job.base), reward, args, dataset, processing_class=tokenizer, **given)
@@ -294,17 +303,17 @@ def as_function(reward: DifferentiableReward, tokenizer: PreTrainedTokenizerBase
     return proxy
 
 
+def of_base(job: Job, reward: DifferentiableReward, tokenizer: PreTrainedTokenizerBase, flow_batch_size: int) -> VGFSampler:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(job.base).to(device)
+    return VGFSampler(model, reward, tokenizer, flow_batch_size=flow_batch_size)
+
+
 def best_and_worst(
     job: Job, reward: DifferentiableReward, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
 ) -> list[dict[str, str]]:
     """Best and worst of 8 samples of the base model for every prompt."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sampler = VGFSampler(
-        AutoModelForCausalLM.from_pretrained(job.base).to(device),
-        reward,
-        tokenizer,
-        flow_batch_size=PROMPTS_PER_STEP * GENERATIONS,
-    )
+    sampler = of_base(job, reward, tokenizer, PROMPTS_PER_STEP * GENERATIONS)
     out = sampler.sample(prompts, GENERATIONS, TransportBudget(steps=0), job.max_completion_length, seed=seed).initial
     rows = zip(prompts, out.completions, out.rewards.argmax(1).tolist(), out.rewards.argmin(1).tolist(), strict=True)
     return [{"prompt": p, "chosen": " " + texts[best], "rejected": " " + texts[worst]} for p, texts, best, worst in rows]
@@ -315,24 +324,42 @@ def best_and_worst(
 
 @dataclass(frozen=True)
 class Kept:
-    """Runs as files of a folder; what is there is not run again."""
+    """Runs as files of a folder; what is there is not run again. So are fields, each fitted to `field_prompts` prompts."""
 
     folder: Path
     steps: int
     held_out: int
     log: Callable[[str], None]
+    field_prompts: int = FIELD_PROMPTS
 
     def run(self, job: Job, method: str, adaptation: str, seed: int, rate: float) -> dict[str, Any]:
         path = self.folder / f"{job.name}-{adaptation}-{method}-{seed}-{rate:g}-{self.steps}-{self.held_out}.json"
         if not path.exists():
-            result = run(job, method, adaptation, seed, rate, self.steps, self.held_out)
-            write_report(path, result)
+            field, seconds = self.field(job) if method.endswith("_field") else (None, None)
+            result = run(job, method, adaptation, seed, rate, self.steps, self.held_out, field)
+            write_report(path, {**result, "field_seconds": seconds} if field else result)
             first, last = result["points"][0], result["points"][-1]
             self.log(
                 f"{job.name} {adaptation} {method} seed {seed} rate {rate:g}: gold {first['gold']:.3f} -> {last['gold']:.3f}, "
                 f"proxy {last['proxy']:.3f}, KL {last['kl']:.2f} at step {last['step']}, {result['seconds_per_step']:.2f} s/step"
             )
         return json.loads(path.read_text())
+
+    def field(self, job: Job) -> tuple[Path, float]:
+        """Folder of the learned gradient of a job's reward, fitted once, and the seconds that took."""
+        kept = self.folder / f"field-{job.name}-{self.field_prompts}"
+        if not kept.is_dir():
+            begun, making = clock(), kept.with_name(f"{kept.name}.part")
+            tokenizer = AutoTokenizer.from_pretrained(job.base)
+            field = fit_field(
+                of_base(job, job.reward(tokenizer), tokenizer, 512), job.train(self.field_prompts, FIELD_SEED),
+                num_samples=FIELD_SAMPLES, max_completion_length=job.max_completion_length, seed=FIELD_SEED,
+            )  # fmt: skip
+            field.save_pretrained(making)
+            (making / "seconds.json").write_text(json.dumps(clock() - begun))
+            making.rename(kept)
+            self.log(f"{job.name} field fitted in {json.loads((kept / 'seconds.json').read_text()):.0f} s")
+        return kept, json.loads((kept / "seconds.json").read_text())
 
     def tuned_rate(self, job: Job, method: str, adaptation: str) -> float:
         family = FAMILY[method]
@@ -394,6 +421,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rloo = {r["seed"]: r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, "rloo")}
         row: dict[str, Any] = {
             "task": task, "adaptation": adaptation, "method": method, "seeds": len(own), "learning_rate": own[0]["learning_rate"],
+            "field_seconds": own[0].get("field_seconds"),
         }  # fmt: skip
         for kl in KLS:
             row[f"gold_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "gold") for r in own])
@@ -464,6 +492,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             + " | ".join(cell(r[f], n) for f in ("step_time_ratio_to_rloo", "time_ratio_to_rloo_gold_at_kl_2"))
             + " |"
         )
+    fits = {r["task"]: r["field_seconds"] for r in rows if r["field_seconds"] is not None}
+    if fits:
+        each = ", ".join(f"{task} {seconds:.0f}" for task, seconds in fits.items())
+        lines += ["", f"Seconds of fitting the field of `vgf_sft_field`, once per task and in no time above: {each}."]
     return "\n".join(lines) + "\n"
 
 
@@ -471,6 +503,7 @@ STYLE = {
     "best_of_n": ("#999999", "-"),
     "best_of_n_policy": ("#999999", "--"),
     "vgf_sft": ("#D55E00", "-"),
+    "vgf_sft_field": ("#8C2D04", "-."),
     "vgf_sft_policy": ("#D55E00", "--"),
     "vgf_weighted_policy": ("#E69F00", "--"),
     "vgf_tilt": ("#009E73", "-"),
@@ -535,7 +568,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "trainer_vs_trl.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "img" / "trainer_vs_trl.png")
     parser.add_argument("--report", action="store_true", help="run nothing: report all runs of this size that are there")
-    parser.add_argument("--quick", action="store_true", help="2 steps, 8 prompts, 1 seed, no tuning: shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 steps, 8 prompts, 1 seed, no tuning, small field: shows that it runs"
+    )
     args = parser.parse_args()
     if args.quick:
         args.steps, args.prompts, args.seeds = 2, 8, args.seeds[:1]
@@ -545,7 +580,7 @@ def main() -> None:
         parser.error("--tasks e2e needs --e2e-data")
     console = Console(width=160)
     transformers.logging.set_verbosity_error()
-    kept = Kept(args.runs, args.steps, args.prompts, console.log)
+    kept = Kept(args.runs, args.steps, args.prompts, console.log, 16 if args.quick else FIELD_PROMPTS)
     if not args.report:
         settings = (
             Settings(steps=300, judge_steps=100, content_pairs=600, tone_pairs=400, members=2) if args.quick else Settings()
@@ -574,6 +609,7 @@ def main() -> None:
             "settings": {
                 "steps": args.steps, "held_out_prompts": args.prompts, "samples_per_prompt": SAMPLES, "kl_end": KL_END,
                 "prompts_per_step": PROMPTS_PER_STEP, "num_generations": GENERATIONS, "rates": RATES, "vgf": VGF,
+                "field_prompts": kept.field_prompts, "field_samples": FIELD_SAMPLES,
             },
             "machine": {
                 "processor": platform.machine(),

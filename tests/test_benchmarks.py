@@ -75,8 +75,8 @@ def test_rates_are_judged_by_the_proxy_where_a_run_crosses_each_kl_or_ends():
 def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
     calls = []
 
-    def once(job, method, adaptation, seed, rate, steps, held_out):
-        calls.append(method)
+    def once(job, method, adaptation, seed, rate, steps, held_out, field):
+        calls.append((method, field))
         return run(method, SLOW, 1.0, seed)
 
     monkeypatch.setattr(benchmark, "run", once)
@@ -84,11 +84,45 @@ def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
     for _ in range(2):
         kept = benchmark.Kept(tmp_path / "runs", 8, 4, lambda line: None)
         kept.run(job, "rloo", "full", 0, 1e-3)
-    assert calls == ["rloo"] and [r["method"] for r in kept.all()] == ["rloo"]
+    assert calls == [("rloo", None)] and [r["method"] for r in kept.all()] == ["rloo"]
+
+
+def test_a_field_is_fitted_once_a_task_and_its_seconds_are_stated_apart(tmp_path, saved, monkeypatch):
+    fits, given = [], []
+    fit = benchmark.fit_field
+
+    def fitted(sampler, prompts, **arguments):
+        fits.append(prompts)
+        return fit(sampler, prompts, **arguments)
+
+    def once(job, method, adaptation, seed, rate, steps, held_out, field):
+        given.append(field)
+        return run(method, SLOW, 1.0, seed)
+
+    monkeypatch.setattr(benchmark, "fit_field", fitted)
+    monkeypatch.setattr(benchmark, "run", once)
+    asked = []
+
+    def train(count, seed):
+        asked.append((count, seed))
+        return ["the food was", "a room", "nice"]
+
+    job = benchmark.Job("t", None, saved["lm"], [saved["reward"]], None, train, None, 6, 0)
+    for seed in (0, 1):  # a second process goes on where the first one was
+        benchmark.Kept(tmp_path, 8, 4, lambda line: None).run(job, "vgf_sft_field", "full", seed, 1e-3)
+    assert len(fits) == 1 and asked == [(benchmark.FIELD_PROMPTS, benchmark.FIELD_SEED)]
+    assert given == [tmp_path / "field-t-1000"] * 2 and (given[0] / "field.safetensors").exists()
+    runs = benchmark.Kept(tmp_path, 8, 4, lambda line: None).all()
+    seconds = {r["field_seconds"] for r in runs}
+    assert len(runs) == 2 and len(seconds) == 1 and all(r["points"] == SLOW for r in runs)
+    text = benchmark.markdown(benchmark.summarise(runs))
+    assert f"once per task and in no time above: t {seconds.pop():.0f}." in text
+    assert "fitting the field" not in benchmark.markdown(benchmark.summarise([run("rloo", SLOW, 1.0)]))
 
 
 def test_every_method_has_settings():
     assert set(benchmark.VGF) < set(benchmark.METHODS)
+    assert set(benchmark.STYLE) == set(benchmark.METHODS)
     for fields in benchmark.VGF.values():
         benchmark.VGFConfig("unused", per_device_train_batch_size=16 * 8, **fields)
 

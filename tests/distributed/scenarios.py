@@ -59,6 +59,7 @@ SCENARIOS = {
         "lora": True, "target": "weighted", "best_k": 2, "particle_source": "policy", "reward": "function",
         "max_steps": 4, "save_strategy": "steps", "save_steps": 3,
     },
+    "full_field": {"flow_field": "field", "flow_rounds": 2},
     # Compared with one process that draws by itself.
     "full_vllm_server": {"vllm": "server", "particle_source": "policy"},
     "lora_vllm_colocate": {"vllm": "colocate", "lora": True, "particle_source": "policy"},
@@ -77,6 +78,8 @@ def make_trainer(folder, name, saved, world, **changes):
     scenario = SCENARIOS.get(name, {}) | changes
     if world == 1:
         scenario.pop("reward_model_sharding", None)
+    if "flow_field" in scenario:
+        scenario["flow_field"] = str(saved / scenario["flow_field"])
     lora, reward, vllm = scenario.pop("lora", False), scenario.pop("reward", "model"), scenario.pop("vllm", None)
     if vllm and world > 1:
         fake_vllm.install(setattr)
@@ -133,6 +136,7 @@ def run(folder, name, saved, world):
         resumed = again.state.log_history
     frozen = [p for term in trainer.rewards.terms if isinstance(term.reward, torch.nn.Module) for p in term.reward.parameters()]
     frozen += list(trainer._samplers["reference"].model.parameters())
+    frozen += [] if trainer._field is None else list(trainer._field.parameters())
     if trainer.rewards.value is not None:
         frozen += list(trainer.rewards.value.parameters())
     result = {

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from tests.distributed import scenarios
+from vgf_llm import VGFSampler
+from vgf_llm.text.field import fit_field
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,8 @@ def launch(folder, engine, *script):
 def folder(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "saved").symlink_to(saved["lm"].parent)
+    sampler = VGFSampler(saved["lm"], saved["reward"], flow_batch_size=512)
+    fit_field(sampler, scenarios.PROMPTS, num_samples=16, max_completion_length=6).save_pretrained(folder / "saved" / "field")
     return folder
 
 

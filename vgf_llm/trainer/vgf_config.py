@@ -134,8 +134,10 @@ class VGFConfig(TrainingArguments):
         flow_field (`str`, *optional*):
             Folder of a learned gradient of the reward (`vgf_llm.text.field.fit_field`), fitted to the reference. Particles then
             move while they are drawn, which costs one forward of its model per token and no gradient; `flow_rounds` times
-            `num_generations` are drawn, and `flow_kl_budget` is what one of them may spend. Needs `particle_source="reference"`
-            and a target that is fitted to completions: `"sft"`, `"weighted"` or `"dpo"`.
+            `num_generations` are drawn (every round after the first `flow_movers`, if that is set), and the best
+            `num_generations` stay. `flow_kl_budget` is what one of them may spend; `flow_step_size`, `flow_horizon` and
+            `flow_steps` (but for 0, which draws plain samples) play no part. Needs `particle_source="reference"`, rewards with a
+            gradient, and a target that is fitted to completions: `"sft"`, `"weighted"` or `"dpo"`. Not with `use_vllm`.
 
         > Target
 
@@ -414,6 +416,11 @@ class VGFConfig(TrainingArguments):
                 "flow_field moves particles of the reference and gives no dense targets, but "
                 f"particle_source={self.particle_source!r} and target={self.target!r}: use particle_source='reference' and "
                 "target 'sft', 'weighted' or 'dpo'"
+            )
+        if self.flow_field is not None and self.use_vllm:
+            raise ValueError(
+                "flow_field moves particles while they are drawn, token by token, which vLLM does not do: leave out use_vllm or "
+                "flow_field"
             )
         if self.target == "dpo" and (self.best_k != 1 or self.num_generations < 2):
             raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -49,7 +50,7 @@ from vgf_llm import __version__
 from vgf_llm.flow import TransportBudget, diagnostics
 from vgf_llm.text import VGFOutput, VGFSampler, tilt
 from vgf_llm.text.decode import row_keys
-from vgf_llm.text.field import GradientField
+from vgf_llm.text.field import HEADS, GradientField
 from vgf_llm.text.loading import load_whole
 from vgf_llm.text.sampler import Particles
 from vgf_llm.text.value import ValueModel
@@ -91,8 +92,8 @@ class VGFTrainer(Trainer):
     adapters disabled (an adapter that was trained before has to be merged first to be part of it). It stays the same
     when training resumes, as long as the trainer is built from the same model.
 
-    Under DDP, DeepSpeed ZeRO-1/2/3 and FSDP, reference and rewards are whole and frozen on every process, outside the engine
-    (docs/distributed.md).
+    Under DDP, DeepSpeed ZeRO-1/2/3 and FSDP, reference, rewards and field are whole and frozen on every process, outside the
+    engine (docs/distributed.md).
 
     Args:
         model: causal language model to train: a path or hub id (loaded with `args.model_init_kwargs`, in float32
@@ -118,8 +119,9 @@ class VGFTrainer(Trainer):
     Raises:
         TypeError: a reward that is no model and no function, or a dataset that is none.
         ValueError: arguments that contradict each other, a dataset without prompts or smaller than one generation
-            phase, or several GPUs in one process.
-        OSError: nothing can be written to `output_dir`.
+            phase, a field of another reward, or several GPUs in one process.
+        OSError: nothing can be written to `output_dir`, or `args.flow_field` holds no field.
+        RuntimeError: another process cannot read the field.
         ImportError: `use_vllm` without vLLM.
     """
 
@@ -192,6 +194,7 @@ class VGFTrainer(Trainer):
             )
         with unsharded_loading():
             self.rewards = Rewards(reward_funcs, reward_processing_classes, processing_class, args)
+            self._field, self._field_digest = _load_field(self.rewards, processing_class, args)
             model = _load_policy(model, args, quantization_config)
             if self.rewards.black_box:
                 self.rewards.value = _load_value_model(model, processing_class, args)
@@ -235,8 +238,7 @@ class VGFTrainer(Trainer):
         # After super().__init__, which moves the model to its device, and before an engine wraps it.
         self._whole: Any = whole_copy(model, args.device) if self._sharded and self.is_peft else None if self._sharded else model
         reference = self._whole if self.is_peft else whole_copy(model, args.device)
-        self._field = None if args.flow_field is None else GradientField.from_pretrained(args.flow_field)
-        self._samplers = {"reference": self._make_sampler(reference)}
+        self._samplers = {"reference": self._make_sampler(reference, self._field)}
         self._vllm: Engine | None = None
         self._vllm_has_weights = False
         if args.use_vllm:
@@ -312,7 +314,7 @@ class VGFTrainer(Trainer):
 
     # ---- Models that sample -----------------------------------------------------------------------------------------
 
-    def _make_sampler(self, model: Any) -> VGFSampler:
+    def _make_sampler(self, model: Any, gradient_field: GradientField | None) -> VGFSampler:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         return VGFSampler(
             base,
@@ -323,7 +325,7 @@ class VGFTrainer(Trainer):
             top_p=self.args.top_p,
             horizon=self.args.flow_horizon,
             movers=self.args.flow_movers,
-            gradient_field=self._field,
+            gradient_field=gradient_field,
             flow_batch_size=self.args.flow_batch_size,
             chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # JSON by now
         )
@@ -337,7 +339,8 @@ class VGFTrainer(Trainer):
             if self._whole is None:  # sharded, full weights: the first use makes the copy
                 self._whole = copy.deepcopy(self._samplers["reference"].model)
             training = self.model.training
-            self._samplers["policy"] = self._make_sampler(self._whole)
+            # Without the field, which is refused where the policy's particles move: those of an evaluation are plain.
+            self._samplers["policy"] = self._make_sampler(self._whole, None)
             self.model.train(training)  # the sampler puts its model into eval mode
         if self._sharded:
             copy_weights(self.model, self._whole, zero3=self._zero3, adapters_only=self.is_peft)
@@ -353,22 +356,13 @@ class VGFTrainer(Trainer):
         finally:
             self.model.train(training)
 
-    def _everywhere(self, work: Callable[..., T], *args: Any) -> T:
-        """The result of work that needs no other process. An error of one process is raised by all of them."""
-        result, error = None, None
-        try:
-            result = work(*args)
-        except Exception as raised:  # noqa: BLE001  # raised below, by every process
-            error = raised
-        messages = [None if error is None else f"process {self.args.process_index}: {type(error).__name__}: {error}"]
-        if self.args.world_size > 1:
-            messages = gather_object(messages)
-        failed = [message for message in messages if message is not None]
-        if error is not None:
-            raise error
-        if failed:
-            raise RuntimeError("; ".join(failed))
-        return result  # type: ignore[return-value]
+    @property
+    def _drawn_moved(self) -> bool:
+        """Whether particles move while they are drawn, so that none of them is the base model's."""
+        return self._field is not None and not self.args.budget.is_zero
+
+    def _everywhere(self, work: Callable[..., T], *given: Any) -> T:
+        return everywhere(self.args, work, *given)
 
     # ---- Particles: from prompts to micro-batches -------------------------------------------------------------------
 
@@ -485,7 +479,7 @@ class VGFTrainer(Trainer):
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
             # Once between two logs: it costs as much as a flow step.
-            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage")) and self._field is None
+            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage")) and not self._drawn_moved
             if not pull and followed and "flow/fidelity" not in metrics:
                 self._measure_fidelity(sampler, prompt_ids, output, places[0])
             size = self.args.prompts_per_micro_batch
@@ -586,7 +580,7 @@ class VGFTrainer(Trainer):
         share = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
         if not pull:
             batch["metrics"] = (
-                flow_metrics(output, part, self.args.flow_step_size)
+                flow_metrics(output, part, self.args.flow_step_size, self._drawn_moved)
                 | {
                     "reward": (share * picked).sum(1),
                     "reward_std": rewards.std(1, correction=0),
@@ -1041,7 +1035,9 @@ class VGFTrainer(Trainer):
         return next((path for path in seen[0] if all(path in paths for paths in seen)), None)
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in RESUMED} | {"rewards": [term.name for term in self.rewards.terms]}
+        # A field by what it is, and not by its folder, which may move, or hold another one by now.
+        known = {"flow_field": self._field_digest, "rewards": [term.name for term in self.rewards.terms]}
+        return {name: getattr(self.args, name) for name in RESUMED} | known
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Beside what Trainer saves: settings, the particles of an unfinished phase, what the next log will sum up, the value
@@ -1128,7 +1124,7 @@ class VGFTrainer(Trainer):
 
     def _write_card(self, folder: Path, name: str | None) -> None:
         base = self._samplers["reference"].model.config._name_or_path
-        history = self.state.log_history
+        history, field = self.state.log_history, self.args.flow_field
 
         def line(metric: str, what: str) -> list[str]:
             values = [entry[metric] for entry in history if metric in entry]
@@ -1148,6 +1144,7 @@ class VGFTrainer(Trainer):
             f"- rewards: {', '.join(f'{term.weight:g} x {term.name}' for term in self.rewards.terms)}",
             f"- target: {self.args.target}, particles of the {self.args.particle_source}, {self.args.num_generations} per prompt",
             f"- transport budget: {self.args.budget}",
+            *([f"- particles drawn along the learned gradient {Path(field).resolve().name}"] if field is not None else []),
             f"- optimizer steps: {self.state.global_step}", "",
         ]  # fmt: skip
         if measured:
@@ -1174,24 +1171,48 @@ class Drawn:
     samples: list[Any]
 
 
-def flow_metrics(output: VGFOutput, part: slice, step_size: float) -> dict[str, Tensor]:
-    """One value per prompt [B] of what the flow did to the particles of some prompts (docs/trainer.md)."""
+def everywhere(args: VGFConfig, work: Callable[..., T], *given: Any) -> T:
+    """The result of work that needs no other process. An error of one process is raised by all of them."""
+    result, error = None, None
+    try:
+        result = work(*given)
+    except Exception as raised:  # noqa: BLE001  # raised below, by every process
+        error = raised
+    messages = [None if error is None else f"process {args.process_index}: {type(error).__name__}: {error}"]
+    if args.world_size > 1:
+        messages = gather_object(messages)
+    failed = [message for message in messages if message is not None]
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return result  # type: ignore[return-value]
+
+
+def flow_metrics(output: VGFOutput, part: slice, step_size: float, drawn_moved: bool) -> dict[str, Tensor]:
+    """One value per prompt [B] of what the flow did to the particles of some prompts (docs/trainer.md).
+
+    `drawn_moved`: the initial particles are moved ones. There is no text then that a particle was before, and nothing to compare.
+    """
     before, after = output.initial, output.transported
-    changed = [
-        sum(sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b)) for a, b in zip(old, new, strict=True))
-        / sum(max(len(a), len(b)) for a, b in zip(old, new, strict=True))
-        for old, new in zip(before.completion_ids[part], after.completion_ids[part], strict=True)
-    ]
     first, last = before.rewards[part], after.rewards[part]
     metrics = {
-        "flow/reward_initial": first.mean(1),
         "flow/reward_final": last.mean(1),
-        "flow/reward_gain": (last - first).mean(1),
-        "flow/accept_rate": (last > first).float().mean(1),
-        "flow/token_change_rate": torch.tensor(changed),
         "flow/kl": after.kl[part].mean(1),
         "flow/generations": output.generations[part],
     }
+    if not drawn_moved:
+        changed = [
+            sum(sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b)) for a, b in zip(old, new, strict=True))
+            / sum(max(len(a), len(b)) for a, b in zip(old, new, strict=True))
+            for old, new in zip(before.completion_ids[part], after.completion_ids[part], strict=True)
+        ]
+        metrics |= {
+            "flow/reward_initial": first.mean(1),
+            "flow/reward_gain": (last - first).mean(1),
+            "flow/accept_rate": (last > first).float().mean(1),
+            "flow/token_change_rate": torch.tensor(changed),
+        }
     if output.trace:  # [rounds, L, B, N]
         norms = torch.stack([trace.score_norm[:, part] for trace in output.trace])
         moved = torch.stack([trace.displacement[-1, part] for trace in output.trace])
@@ -1258,6 +1279,45 @@ def _load_policy(
             "already: leave them out, or give its path"
         )
     return model
+
+
+def _load_field(
+    rewards: Rewards, processing_class: PreTrainedTokenizerBase, args: VGFConfig
+) -> tuple[GradientField | None, str | None]:
+    """The field of `flow_field`, on the CPU, and the digest that tells it from others; every process has the same or an error."""
+    folder = args.flow_field
+    if folder is None:
+        return None, None
+    if rewards.black_box:
+        names = ", ".join(term.name for term in rewards.black_box)
+        raise ValueError(
+            f"flow_field replaces the gradient of the rewards, but {names} has none, and the value model that learns it changes "
+            "while the policy trains: leave out flow_field, or give rewards with a gradient alone"
+        )
+    field, digest = everywhere(args, _read_field, folder)
+    if args.world_size > 1 and len(set(gather_object([digest]))) > 1:
+        raise ValueError(
+            f"flow_field {folder} is not the same on every process, and particles would depend on the process that draws them: "
+            "put it where all of them read it"
+        )
+    table: Any = field.backbone.get_input_embeddings()
+    width, rows = rewards.guide(ready=True).width, table.weight.shape[0]
+    if field.width != width:
+        raise ValueError(
+            f"flow_field {folder} gives gradients of {field.width} numbers, but the particles of this reward have {width}: "
+            "fit it to this reward (vgf_llm.text.field.fit_field)"
+        )
+    if rows < len(processing_class):
+        raise ValueError(
+            f"flow_field {folder} reads {rows} tokens, but the policy has {len(processing_class)}: fit it to this policy "
+            "(vgf_llm.text.field.fit_field)"
+        )
+    return field, digest
+
+
+def _read_field(folder: str) -> tuple[GradientField, str]:
+    field = GradientField.from_pretrained(folder)
+    return field, f"sha256 {hashlib.sha256((Path(folder) / HEADS).read_bytes()).hexdigest()[:16]}"
 
 
 def _add_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:

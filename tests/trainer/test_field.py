@@ -1,0 +1,281 @@
+"""Training along a learned gradient: particles of the reference move while they are drawn, everything else is as without it."""
+
+import os
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+from tests.trainer.test_docs import PAGE
+from tests.trainer.test_vgf_trainer import assert_same, logged, losses, mean_reward, weights
+from vgf_llm import TransportBudget, VGFConfig, VGFSampler, VGFTrainer
+from vgf_llm.text import DifferentiableReward
+from vgf_llm.text.field import HEADS, GradientField, fit_field
+from vgf_llm.trainer import vgf_trainer
+from vgf_llm.trainer.phases import PhaseOrder
+
+
+# Of what compares a particle with what it was before it moved.
+COMPARED = ("flow/reward_initial", "flow/reward_gain", "flow/accept_rate", "flow/token_change_rate")
+
+
+def reference(tokenizer: PreTrainedTokenizerFast):
+    return tiny.language_model("llama", len(tokenizer), eos=tokenizer.eos_token_id)
+
+
+def fitted(folder, **changes):
+    tokenizer = tiny.tokenizer(chat=True)
+    sampler = VGFSampler(reference(tokenizer), tiny.counting_reward(tokenizer), tokenizer, flow_batch_size=512)
+    settings = {"num_samples": 64, "max_completion_length": 6, "epochs": 6, "batch_size": 32, "learning_rate": 3e-3}
+    fit_field(sampler, ["the food was", "a room", "and", "nice", "poor a"], **settings | changes).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    """Folder of a field of the world of conftest.py."""
+    return fitted(tmp_path_factory.mktemp("field"))
+
+
+def first_phase(trainer, count=4, phase=0):
+    """Completions that the first prompts are fitted to, and the micro-batch."""
+    rows = [trainer.train_dataset[index] for index in range(count)]
+    (batch,) = trainer._make_micro_batches(rows, phase)
+    pairs = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs], batch
+
+
+# ---- What it does ---------------------------------------------------------------------------------------------------
+
+
+def test_fitted_completions_are_better_than_the_best_of_as_many(make_trainer, field):
+    moved, still = (make_trainer(flow_field=folder, flow_steps=1 if folder else 0, max_steps=6) for folder in (field, None))
+    moved.train()
+    still.train()
+    gains = [a - b for a, b in zip(logged(moved, "reward"), logged(still, "reward"), strict=True)]
+    assert sum(gains) / len(gains) > 0.5
+    assert logged(moved, "flow/generations") == [4.0] * 6
+    assert all(0.5 < kl <= 2.0 * (1 + 1e-5) for kl in logged(moved, "flow/kl"))
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("target", ["sft", "weighted", "dpo"])
+def test_training_raises_the_reward_without_a_gradient_of_it(make_trainer, tokenizer, lora, field, monkeypatch, target, adapters):
+    def refuse(*arguments):
+        raise AssertionError("the reward was differentiated")
+
+    monkeypatch.setattr(DifferentiableReward, "value_and_grad", refuse)
+    trainer = make_trainer(
+        flow_field=field, target=target, peft_config=lora if adapters else None, max_steps=30, dpo_beta=0.5,
+        per_device_train_batch_size=16 if target == "weighted" else 8, learning_rate=3e-2 if target == "dpo" else 1e-2,
+    )  # fmt: skip
+    before = [parameter.clone() for parameter in trainer._field.parameters()]
+    trainer.train()
+    policy = trainer.model.merge_and_unload() if adapters else trainer.model
+    reward = tiny.counting_reward(tokenizer)
+    start, end = mean_reward(reference(tokenizer), reward, tokenizer), mean_reward(policy, reward, tokenizer)
+    assert end > start + 0.4, (start, end)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer._field.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in trainer._field.parameters())
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("zero", [{"flow_steps": 0}, {"flow_kl_budget": 0.0}])
+def test_without_a_budget_a_field_changes_no_bit(make_trainer, prompts, lora, field, zero, adapters):
+    runs = [
+        make_trainer(flow_field=folder, peft_config=lora if adapters else None, eval_dataset=prompts.select(range(3)), **zero)
+        for folder in (field, None)
+    ]
+    for run in runs:
+        run.train()
+        run.evaluate()
+    clock = ("second", "runtime", "step_time", "train_")
+    ours, plain = (
+        [{k: v for k, v in entry.items() if not any(word in k for word in clock)} for entry in run.state.log_history]
+        for run in runs
+    )
+    assert ours == plain and set(COMPARED) < set(ours[0])
+    assert_same(weights(runs[0].model), weights(runs[1].model), atol=0, rtol=0)
+
+
+def test_rounds_draw_as_many_again_and_keep_the_best(make_trainer, field):
+    once, thrice, few = (
+        make_trainer(flow_field=field, flow_rounds=rounds, flow_movers=movers)
+        for rounds, movers in ((1, None), (3, None), (3, 2))
+    )
+    for trainer in (once, thrice, few):
+        trainer.train()
+    assert logged(once, "reward")[0] < logged(few, "reward")[0] + 1e-6 <= logged(thrice, "reward")[0] + 2e-6
+    assert logged(once, "flow/reward_final")[0] < logged(thrice, "flow/reward_final")[0]
+    assert logged(thrice, "flow/generations")[0] > logged(few, "flow/generations")[0] > logged(once, "flow/generations")[0]
+
+
+def test_dpo_pairs_the_best_with_the_worst_of_the_first_round_both_moved(make_trainer, field):
+    trainer = make_trainer(target="dpo", flow_field=field, flow_rounds=2, per_device_train_batch_size=8)
+    pairs, _ = first_phase(trainer)
+    rows = [trainer.train_dataset[index]["prompt"] for index in range(4)]
+    seeds = [trainer._seed(place) for place in range(4)]
+    out = trainer._samplers["reference"].sample(rows, 4, trainer.args.budget, 6, seed=seeds)
+    assert (out.initial.kl > 0).all()
+    expected = []
+    for b in range(4):
+        expected.append(out.transported.completion_ids[b][int(out.transported.rewards[b].argmax())])
+        expected.append(out.initial.completion_ids[b][int(out.initial.rewards[b].argmin())])
+    assert pairs == expected
+
+
+def test_evaluation_moves_particles_of_the_reference_and_no_sample_of_the_policy(make_trainer, prompts, tokenizer, field):
+    settings = {"eval_dataset": prompts.select(range(3)), "num_generations_eval": 2, "per_device_eval_batch_size": 2}
+    trainer = make_trainer(flow_field=field, max_steps=10, **settings)
+    first = trainer.evaluate()
+    assert first["eval_kl"] == pytest.approx(0, abs=1e-4)
+    texts = prompts["prompt"][:3]
+    plain = VGFSampler(reference(tokenizer), tiny.counting_reward(tokenizer), tokenizer)
+    own = plain.sample(texts, 1, TransportBudget(steps=0), 6, seed=trainer._seed(-1))
+    assert first["eval_reward"] == pytest.approx(own.rewards.mean().item())
+    moved = trainer._samplers["reference"].sample(texts, 2, trainer.args.budget, 6, seed=trainer._seed(-1)).transported
+    assert first["eval_flow/reward_final"] == pytest.approx(moved.rewards.mean().item())
+    assert first["eval_flow/kl"] == pytest.approx(moved.kl.mean().item()) and moved.kl.min() > 0
+    assert first["eval_flow/generations"] == 2
+    trainer.train()
+    second = trainer.evaluate()
+    assert second["eval_flow/reward_final"] == pytest.approx(first["eval_flow/reward_final"])  # the reference stands still
+    assert second["eval_reward"] > first["eval_reward"] and second["eval_kl"] > 0.01
+    assert trainer._samplers["reference"].field is trainer._field and trainer._samplers["policy"].field is None
+
+
+def test_what_compares_with_before_is_absent_and_what_is_logged_is_explained(make_trainer, field):
+    trainer = make_trainer(flow_field=field, flow_rounds=2)
+    trainer.train()
+    names = set(trainer.state.log_history[0])
+    assert {"flow/reward_final", "flow/kl", "flow/generations", "reward", "reward_std"} < names
+    gradients = {"flow/fidelity", "flow/gain_predicted", "flow/reward_grad_norm", "flow/displacement_norm"}
+    assert not names & (set(COMPARED) | gradients)
+    page = PAGE.read_text(encoding="utf-8")
+    named = {re.sub(r"^rewards/.*/", "rewards/<name>/", name) for name in names}
+    assert not {name for name in named if f"`{name}`" not in page} - {"grad_norm", "learning_rate", "epoch", "step"}
+
+
+def test_the_card_names_the_field(make_trainer, field, tmp_path):
+    shutil.copytree(field, tmp_path / "field-of-good")
+    trainer = make_trainer(flow_field=str(tmp_path / "field-of-good"), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "- particles drawn along the learned gradient field-of-good\n" in card and str(tmp_path) not in card
+    assert "reward of particles before transport" not in card and "reward of particles after transport" in card
+
+
+# ---- How the work is cut up -----------------------------------------------------------------------------------------
+
+
+def test_particles_do_not_depend_on_the_number_of_processes(make_trainer, field, monkeypatch):
+    one, _ = first_phase(make_trainer(flow_field=field, flow_rounds=2))
+    trainer = make_trainer(flow_field=field, flow_rounds=2, per_device_train_batch_size=2)
+    monkeypatch.setattr(VGFTrainer, "_order", PhaseOrder(micro=2, steps=1, world=2, iterations=1))
+    two = []
+    for process in (0, 1):
+        monkeypatch.setattr(VGFConfig, "process_index", property(lambda self, process=process: process))
+        rows = [trainer.train_dataset[place] for place in trainer._order.places(0, process)]
+        (batch,) = trainer._make_micro_batches(rows, 0)
+        pairs = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        two += [ids[mask.bool()].tolist() for ids, mask in pairs]
+    assert two == one
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_four_steps_are_two_and_two_more_also_from_a_folder_that_moved(make_trainer, lora, field, tmp_path, adapters):
+    settings = {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "flow_rounds": 2,
+        "peft_config": lora if adapters else None,
+    }  # fmt: skip
+    whole = make_trainer(max_steps=4, flow_field=field, **settings)
+    whole.train()
+    make_trainer(max_steps=2, save_strategy="steps", save_steps=2, flow_field=field, **settings).train()
+    shutil.copytree(field, tmp_path / "moved")
+    second = make_trainer(max_steps=4, flow_field=str(tmp_path / "moved"), **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses(second) == losses(whole) and len(losses(whole)) == 4
+    assert_same(weights(second.model), weights(whole.model), atol=0, rtol=0)
+
+
+def test_a_checkpoint_of_another_field_is_refused_also_from_the_same_folder(make_trainer, field, tmp_path):
+    folder = tmp_path / "field"
+    shutil.copytree(field, folder)
+    make_trainer(flow_field=str(folder), max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"other settings: flow_field \('sha256 [0-9a-f]+' there, None here\)"):
+        make_trainer().train(resume_from_checkpoint=checkpoint)
+    fitted(folder, epochs=1)
+    with pytest.raises(ValueError, match=r"other settings: flow_field \('sha256 [0-9a-f]+' there, 'sha256 [0-9a-f]+' here\)"):
+        make_trainer(flow_field=str(folder)).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_field_is_loaded_whole_whatever_the_engine(make_trainer, field, monkeypatch):
+    """FSDP would leave the weights of all processes but one out, ZeRO-3 (in tests/distributed) load parts of them."""
+    load = GradientField.from_pretrained
+    seen = []
+
+    def watched(folder):
+        seen.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        return load(folder)
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(GradientField, "from_pretrained", watched)
+    make_trainer(flow_field=field)
+    assert seen == ["false"]
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_hold_no_field_are_refused_before_the_policy_is_loaded(make_trainer, field, tmp_path, monkeypatch):
+    monkeypatch.setattr(vgf_trainer, "_load_policy", lambda *a: pytest.fail("the policy was loaded first"))
+    with pytest.raises(OSError, match=rf"nowhere holds no {HEADS}: give a folder that"):
+        make_trainer(flow_field=str(tmp_path / "nowhere"))
+    shutil.copytree(field, tmp_path / "broken")
+    heads = (tmp_path / "broken" / HEADS).read_bytes()
+    (tmp_path / "broken" / HEADS).write_bytes(heads[: len(heads) // 2])
+    with pytest.raises(ValueError, match="broken.*the file is broken or cut off"):
+        make_trainer(flow_field=str(tmp_path / "broken"))
+    shutil.copytree(field, tmp_path / "no backbone")
+    (tmp_path / "no backbone" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no backbone"):
+        make_trainer(flow_field=str(tmp_path / "no backbone"))
+
+
+def test_fields_and_rewards_that_do_not_fit_each_other_are_refused(make_trainer, tokenizer, field, tmp_path):
+    def count_good(completions, **kwargs):
+        return [float(completion.split().count("good")) for completion in completions]
+
+    for rewards in (count_good, [tiny.counting_reward(tokenizer), count_good]):
+        with pytest.raises(ValueError, match=r"flow_field replaces the gradient of the rewards, but count_good has none"):
+            make_trainer(flow_field=field, reward_funcs=rewards)
+    ensemble = [tiny.reward_model("llama", len(tokenizer), seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=rf"flow_field .* gives gradients of {len(tokenizer)} numbers, but .* reward have 32"):
+        make_trainer(flow_field=field, reward_funcs=[ensemble])
+    larger = tiny.tokenizer((*tiny.WORDS, "more"), chat=True)
+    GradientField(reference(tokenizer).base_model, 16).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(ValueError, match=rf"flow_field .* reads {len(tokenizer)} tokens, but the policy has {len(larger)}"):
+        make_trainer(
+            flow_field=str(tmp_path / "smaller"), model=reference(larger), processing_class=larger,
+            reward_funcs=tiny.reward_model("llama", len(larger)),
+        )  # fmt: skip
+
+
+def test_every_process_has_the_same_field_or_an_error(tokenizer, field, tmp_path, monkeypatch):
+    args = SimpleNamespace(flow_field=field, world_size=2, process_index=0, reward_weights=None, reward_model_init_kwargs=None)
+    rewards = SimpleNamespace(black_box=[], guide=lambda ready: SimpleNamespace(width=len(tokenizer)))
+    monkeypatch.setattr(vgf_trainer, "gather_object", lambda mine: mine * 2)
+    assert vgf_trainer._load_field(rewards, tokenizer, args)[0] is not None
+    monkeypatch.setattr(vgf_trainer, "gather_object", lambda mine: [*mine, mine[0] and "sha256 of another"])
+    with pytest.raises(ValueError, match="is not the same on every process"):
+        vgf_trainer._load_field(rewards, tokenizer, args)
+    # The second process does not find the folder.
+    monkeypatch.setattr(vgf_trainer, "gather_object", lambda mine: [*mine, "process 1: OSError: field holds nothing"])
+    with pytest.raises(RuntimeError, match="^process 1: OSError: field holds nothing$"):
+        vgf_trainer._load_field(rewards, tokenizer, args)
