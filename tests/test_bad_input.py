@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from tests import tiny
 from vgf_llm import VGFSampler, cli
 from vgf_llm.serving import Limits, create_app
+from vgf_llm.text.field import GradientField
 
 
 ROW = '{"prompt": "the food was"}\n'
@@ -286,6 +287,7 @@ def sample(refused, place, *more):
         ("--movers -1", "movers must be at least 1"),
         ("--model /no/such", "cannot load /no/such"),
         ("--reward-model /no/such", "cannot load /no/such"),
+        ("--gradient-field /no/such", "/no/such holds no field.safetensors"),
         ("--output .", "give the name of a file"),
         ("--output /dev/null/out", "/dev/null"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
@@ -371,6 +373,32 @@ def test_a_model_of_another_kind_is_no_reward_and_no_language_model(place, refus
     assert "cannot load" in sample(refused, place, "--model", place)
 
 
+FIELDS = {
+    "a language model": (lambda f: (f / "field.safetensors").unlink(), "holds no field.safetensors"),
+    "heads cut off": (lambda f: os.truncate(f / "field.safetensors", 100), "the file is broken or cut off"),
+    "other heads": (lambda f: save_file({"x": torch.zeros(1)}, f / "field.safetensors"), "no gradient field wrote it"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "other sizes": (lambda f: change_config(f, hidden_size=32), "do not have the sizes in its config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_fields(place, refused, tmp_path, kind):
+    spoil, says = FIELDS[kind]
+    folder = tmp_path / "field"
+    GradientField(tiny.language_model("llama", len(tiny.tokenizer())).base_model, 16).save_pretrained(folder)
+    spoil(folder)
+    assert says in sample(refused, place, "--gradient-field", folder)
+
+
+def test_a_field_of_another_reward_is_none_of_this_one(place, refused, tmp_path):
+    GradientField(tiny.language_model("llama", len(tiny.tokenizer())).base_model, 5).save_pretrained(tmp_path / "field")
+    models = ["--model", place / "lm", "--reward-model", place / "reward", "--gradient-field", tmp_path / "field"]
+    for command in (["sample", "--prompts", place / "prompts.txt"], ["serve", "--port", 0]):
+        assert "gradient_field gives gradients of 5 numbers, but" in refused(*command, *models)
+
+
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 COMMANDS = [
@@ -378,6 +406,8 @@ COMMANDS = [
     ("nonsense", "invalid choice: 'nonsense'"),
     ("--nonsense", "COMMAND"),
     ("sample", "--model, --reward-model, --prompts"),
+    ("field", "--model, --reward-model, --prompts, --output"),
+    ("field --model a --reward-model b --prompts /no/such --output o", "/no/such: No such file"),
     ("serve", "--model, --reward-model"),
     ("serve --port x", "invalid int value"),
     ("serve --model a --reward-model b --port 99999", "port must be 0-65535"),

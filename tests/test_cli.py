@@ -99,7 +99,7 @@ def test_a_person_is_asked_for_prompts(arguments, tmp_path, monkeypatch, capsys)
     assert [record["prompt"] for record in records] == ["the food was", "staff"]
     assert captured.out.splitlines() == [record["completion"] for record in records]
     assert "does not fit the context" in captured.err  # the second, and the third was asked for all the same
-    assert captured.err.count("over best-of-N") == 2
+    assert captured.err.count("over the best as drawn") == 2
 
 
 def test_zero_steps_is_best_of_n(arguments, capsys):
@@ -162,6 +162,103 @@ def test_fewer_movers_decode_less(arguments, capsys):
 def test_an_automatic_budget_is_spent(arguments, capsys):
     found = records(arguments("--auto", 12), capsys)
     assert found and all(9 <= r["generations"] <= 16 for r in found)
+
+
+def field_command(models, prompts, output, *options):
+    """A `vgf field` that takes a second; the options given win over those before them."""
+    words = ["field", "--model", models["lm"], "--reward-model", models["reward"], "--prompts", prompts, "--output", output]
+    sizes = ["--num-samples", 32, "--max-completion-length", 8, "--epochs", 4, "--batch-size", 16, "--learning-rate", 3e-3]
+    return [str(word) for word in (*words, *sizes, *options)]
+
+
+@pytest.fixture(scope="module")
+def fitted(saved, tmp_path_factory):
+    """What `vgf field` wrote, into a folder that did not exist."""
+    folder = tmp_path_factory.mktemp("field")
+    lines = [
+        f"{a} {b} {c}\n" for a in ("the", "a", "good") for b in ("food", "room", "staff") for c in ("was", "were", "but", "and")
+    ]
+    (folder / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+    assert cli.main(field_command(saved, folder / "prompts.txt", folder / "new" / "field")) == 0
+    assert os.listdir(folder / "new") == ["field"]
+    return folder / "new" / "field"
+
+
+def test_a_field_moves_particles_while_they_are_drawn(arguments, fitted, capsys):
+    many = ("--prompts", fitted.parents[1] / "prompts.txt", "--num-particles", 2)
+    along = (*many, "--gradient-field", fitted, "--kl-budget", 4)
+    plain, moved, more = (records(arguments(*o), capsys) for o in ((*many, "--steps", 0), along, (*along, "--rounds", 2)))
+    assert [r["completion"] for r in moved] != [r["completion"] for r in plain]
+    assert all(0 < r["kl"] <= 4 * (1 + 1e-5) for r in moved)
+    assert all(r["reward"] == r["reward_initial_best"] and r["generations"] == pytest.approx(2) for r in moved)
+    assert all(r["generations"] > 2 for r in more)
+    means = [sum(r["reward"] for r in found) / len(found) for found in (plain, moved, more)]
+    assert means[0] + 0.1 < means[1] < means[2]
+
+
+@pytest.mark.parametrize("zero", [("--steps", 0), ("--kl-budget", 0)], ids=["steps", "nats"])
+def test_at_budget_zero_a_field_changes_nothing(arguments, fitted, capsys, zero):
+    assert records(arguments(*zero, "--gradient-field", fitted), capsys) == records(arguments(*zero), capsys)
+
+
+def test_a_field_is_the_same_again_and_follows_its_seed(saved, prompts, fitted, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for seed in (0, 1):
+        assert cli.main(field_command(saved, fitted.parents[1] / "prompts.txt", tmp_path / "empty", "--seed", seed)) == 0
+        same = (tmp_path / "empty" / "field.safetensors").read_bytes() == (fitted / "field.safetensors").read_bytes()
+        assert same == (seed == 0)
+        shutil.rmtree(tmp_path / "empty")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "gradient field" in captured.err  # the progress bar
+
+
+@pytest.mark.parametrize("kind", ["full", "file", "below a file"])
+def test_a_field_overwrites_nothing(saved, prompts, tmp_path, monkeypatch, capsys, kind):
+    """And says so before the models are loaded."""
+    from vgf_llm.evaluation import loading
+
+    monkeypatch.setattr(loading, "load_sampler", lambda *args, **kwargs: pytest.fail("loaded"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("earlier", encoding="utf-8")
+    output = tmp_path / "taken" / {"full": ".", "file": "file", "below a file": "file/new"}[kind]
+    says = "file: " if kind == "below a file" else "is there already and no empty folder"
+    assert says in fails(field_command(saved, prompts, output), capsys)
+    assert (tmp_path / "taken" / "file").read_text(encoding="utf-8") == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt", "taken"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--reward-model", "/no/such"), "cannot load /no/such"),
+        (("--prompts", "/no/such"), "/no/such: No such file"),
+        (("--num-samples", 0), "num_samples must be at least 1, got 0"),
+        (("--epochs", 0), "epochs must be at least 1"),
+        (("--batch-size", 0), "batch_size must be at least 1"),
+        (("--max-completion-length", 0), "max_completion_length must be at least 1"),
+        (("--max-completion-length", 1000), "does not fit the context"),
+        (("--learning-rate", "nan"), "learning_rate must be positive and finite, got nan"),
+        (("--learning-rate", 0), "learning_rate must be positive"),
+        (("--learning-rate", 1e30), "lower learning_rate"),
+        (("--temperature", 0), "temperature"),
+        (("--epochs", "many"), "invalid int value"),
+    ],
+)
+def test_a_field_that_cannot_be_fitted_leaves_nothing(saved, prompts, tmp_path, capsys, options, says):
+    assert says in fails(field_command(saved, prompts, tmp_path / "field", *options), capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_field_that_is_interrupted_leaves_nothing(saved, prompts, tmp_path, monkeypatch, capsys):
+    from vgf_llm.text.field import GradientField
+
+    def interrupted(self, directory):
+        (directory / "config.json").write_text("{", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GradientField, "save_pretrained", interrupted)
+    assert cli.main(field_command(saved, prompts, tmp_path / "field")) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from tests import tiny
 from vgf_llm import TransportBudget, VGFSampler, cli
 from vgf_llm.serving import Limits, create_app, listen
+from vgf_llm.text.field import fit_field
 
 
 PROMPT = "the food was"
@@ -24,11 +25,11 @@ MESSAGES = [{"role": "user", "content": "the staff were"}]
 SMALL = {"num_particles": 3, "steps": 2}
 
 
-def make_sampler(chat=True):
+def make_sampler(chat=True, **options):
     ours = tiny.tokenizer(chat=chat)
     eos, pad = ours.eos_token_id, ours.pad_token_id
     model = tiny.language_model("llama", len(ours), eos=eos, pad=pad)
-    return VGFSampler(model, tiny.reward_model("llama", len(ours), pad=pad), ours, flow_batch_size=8)
+    return VGFSampler(model, tiny.reward_model("llama", len(ours), pad=pad), ours, flow_batch_size=8, **options)
 
 
 @contextmanager
@@ -114,6 +115,20 @@ def test_without_a_seed_the_answer_names_the_one_it_took(client):
     seed = first.choices[0].vgf["seed"]
     assert seed != second.choices[0].vgf["seed"]
     assert complete(client, seed=seed).choices[0].text == first.choices[0].text
+
+
+def test_along_a_learned_gradient_too(sampler):
+    field = fit_field(sampler, [PROMPT], num_samples=64, max_completion_length=8, epochs=4, learning_rate=3e-3)
+    steered = make_sampler(gradient_field=field)
+    with running(steered) as client:
+        answers = complete(client, [PROMPT, "a room"], seed=1, extra_body={"kl_budget": 4.0}).choices
+        zero = complete(client, seed=1, extra_body={"steps": 0}).choices[0]
+    for choice, prompt in zip(answers, (PROMPT, "a room"), strict=True):
+        output = expected(steered, prompt, 1, kl_budget=4.0)
+        assert choice.text == output.completions[0]
+        assert choice.vgf["reward"] == pytest.approx(choice.vgf["reward_initial_best"])
+        assert 0 < choice.vgf["kl"] <= 4 * (1 + 1e-5)
+    assert (zero.text, zero.vgf["kl"]) == (expected(sampler, PROMPT, 1, steps=0).completions[0], 0)
 
 
 def test_models(client):

@@ -3,6 +3,8 @@
     vgf demo                                                 the whole method on the embedded data, on a CPU
     vgf sft|reward|vgf|diagnose|evaluate --config FILE        the recipes, with options that win over the file
     vgf sample --model DIR --reward-model DIR --prompts FILE  best transported completion of every prompt
+    vgf field --model DIR --reward-model DIR --prompts FILE --output DIR
+                                                             a learned gradient, for --gradient-field of sample and serve
     vgf control train|eval|generate                          continuous control on the same flow
     vgf serve --model DIR --reward-model DIR                  the same over HTTP, as OpenAI's API
 
@@ -14,7 +16,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -101,9 +106,9 @@ def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int
         options: `budget`, `max_completion_length` and `seed` of `VGFSampler.sample`.
 
     Yields:
-        One record per prompt: `prompt`, `completion`, `reward`, `reward_initial_best` (what best-of-N over the initial
-        particles earns), `kl` (nats spent by the tilts of the selected completion) and `generations` (completions
-        decoded, `VGFOutput.generations`).
+        One record per prompt: `prompt`, `completion`, `reward`, `reward_initial_best` (that of the best particle as drawn: what
+        best-of-N earns, unless a gradient field had moved it already), `kl` (nats spent by the tilts of the selected completion)
+        and `generations` (completions decoded, `VGFOutput.generations`).
 
     Raises:
         ValueError: those of `VGFSampler.sample`, before anything is sampled where a prompt is to blame.
@@ -121,6 +126,45 @@ def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int
         names = ("reward", "reward_initial_best", "kl", "generations")
         for prompt, completion, row in zip(some, output.completions, numbers, strict=True):
             yield {"prompt": prompt, "completion": completion, **dict(zip(names, row, strict=True))}
+
+
+def field(
+    model: str,
+    reward_models: Sequence[str],
+    prompts: Sequence[Prompt],
+    output: str | Path,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    **options: Any,
+) -> None:
+    """Fit a learned gradient of a reward to completions of a base model, and save it.
+
+    Args:
+        model, reward_models: as in `vgf_llm.evaluation.loading.load_sampler`.
+        prompts: as in `VGFSampler.sample`.
+        output: folder, new or empty, that `GradientField.from_pretrained` will read. It appears whole or not at all.
+        temperature, top_k, top_p: of the base distribution.
+        options: `layers`, `num_samples`, `max_completion_length`, `epochs`, `batch_size`, `learning_rate` and `seed` of
+            `vgf_llm.text.field.fit_field`.
+
+    Raises:
+        FileExistsError: there is something in the folder; known before the models are loaded.
+        ValueError: a number out of range, known as early, and those of `load_sampler` and `fit_field`.
+        FloatingPointError: the loss is not finite.
+    """
+    for name in ("num_samples", "max_completion_length", "epochs", "batch_size"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {options[name]}")
+    if not 0 < options.get("learning_rate", 1.0) < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {options['learning_rate']}")
+    with _new_folder(output) as folder:
+        from vgf_llm.evaluation.loading import load_sampler
+        from vgf_llm.text.field import fit_field
+
+        sampler = load_sampler(model, reward_models, temperature=temperature, top_k=top_k, top_p=top_p)
+        fit_field(sampler, prompts, progress=True, **options).save_pretrained(folder)
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -188,6 +232,27 @@ def open_output(path: str | None) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears at `path` only when all of it is written.
+
+    Raises:
+        FileExistsError: there is something other than an empty folder.
+        OSError: the place cannot be written to.
+    """
+    target = Path(path).resolve()  # a link to an empty folder stays one
+    if any(target.iterdir()) if target.is_dir() else target.exists():
+        raise FileExistsError(f"{path} is there already and no empty folder: give a new one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _run_demo(args: argparse.Namespace) -> None:
     demo(args.output_dir, args.scale)  # says itself what it does and where it writes
 
@@ -214,7 +279,7 @@ def _run_sample(args: argparse.Namespace) -> None:
     with open_output(args.output) as file:
         sampler = load_sampler(
             args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            horizon=None if args.horizon < 0 else args.horizon, movers=args.movers,
+            horizon=None if args.horizon < 0 else args.horizon, movers=args.movers, gradient_field=args.gradient_field,
         )  # fmt: skip
         if talk:
             _talk(sampler, options, file if args.output else None)
@@ -236,7 +301,9 @@ def _talk(sampler: VGFSampler, options: dict[str, Any], file: TextIO | None) -> 
             continue
         print(record["completion"])
         gain = record["reward"] - record["reward_initial_best"]
-        print(f"reward {record['reward']:.2f} ({gain:+.2f} over best-of-N), {record['generations']:.1f} decoded", file=sys.stderr)
+        # Along a gradient field the particles as drawn are moved ones, and not best-of-N's.
+        said = f"reward {record['reward']:.2f} ({gain:+.2f} over the best as drawn), {record['generations']:.1f} decoded"
+        print(said, file=sys.stderr)
         if file is not None:
             print(json.dumps(record, ensure_ascii=False), file=file)
 
@@ -246,6 +313,15 @@ def _ask(question: str) -> str:
         return input(question)
     except EOFError:
         return ""
+
+
+def _run_field(args: argparse.Namespace) -> None:
+    field(
+        args.model, args.reward_model, read_prompts(args.prompts), args.output,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        layers=args.layers, num_samples=args.num_samples, max_completion_length=args.max_completion_length, epochs=args.epochs,
+        batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
+    )  # fmt: skip
 
 
 def _run_serve(args: argparse.Namespace) -> None:
@@ -258,7 +334,10 @@ def _run_serve(args: argparse.Namespace) -> None:
     api_key = os.environ.get("VGF_API_KEY") or None
     # First of all: a port in use must be known before the models are loaded.
     with listen(args.host, args.port, api_key) as listening:
-        sampler = load_sampler(args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        sampler = load_sampler(
+            args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            gradient_field=args.gradient_field,
+        )  # fmt: skip
         name = args.model_name or args.model
         host, port = listening.getsockname()[:2]
         print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
@@ -293,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # No default is shown where there is none.
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
+    along = "learned gradient (vgf field) along which particles are drawn; default: none"
     run.add_argument("--model", metavar="DIR", help="causal language model", **required)
     run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
     run.add_argument(
@@ -317,6 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--movers", type=int, metavar="N", help="best particles a round moves; default: all", default=argparse.SUPPRESS
     )
+    run.add_argument("--gradient-field", metavar="DIR", help=along, default=argparse.SUPPRESS)
     run.add_argument("--max-completion-length", type=int, default=64, metavar="T", help="in tokens")
     run.add_argument("--seed", type=int, default=0, help="of the noise")
     run.add_argument("--temperature", type=float, default=1.0, help="of the base model")
@@ -325,10 +406,33 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", metavar="FILE", default=argparse.SUPPRESS, help="default: standard output")
     run.set_defaults(run=_run_sample)
 
+    run = commands.add_parser(
+        "field", help="a learned gradient of a reward, for sample, serve and evaluate", formatter_class=with_defaults
+    )
+    run.add_argument("--model", metavar="DIR", help="causal language model", **required)
+    run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
+    run.add_argument("--prompts", metavar="FILE", help='prompt per line, or JSONL with "prompt"; - is standard input', **required)
+    run.add_argument("--output", metavar="DIR", help="where the field goes: a folder that is new or empty", **required)
+    run.add_argument(
+        "--layers", type=int, metavar="L", help="first layers of the reward model that are kept; default: all",
+        default=argparse.SUPPRESS,
+    )  # fmt: skip
+    run.add_argument("--num-samples", type=int, default=8, metavar="N", help="completions per prompt to learn from")
+    run.add_argument("--max-completion-length", type=int, default=64, metavar="T", help="in tokens")
+    run.add_argument("--epochs", type=int, default=2, help="passes over the completions")
+    run.add_argument("--batch-size", type=int, default=64, help="completions per optimizer step")
+    run.add_argument("--learning-rate", type=float, default=5e-4, help="peak of its one cycle")
+    run.add_argument("--seed", type=int, default=0, help="of samples and batches")
+    run.add_argument("--temperature", type=float, default=1.0, help="of the base model")
+    run.add_argument("--top-k", type=int, default=0, help="of the base model; 0 keeps all tokens")
+    run.add_argument("--top-p", type=float, default=1.0, help="of the base model; 1.0 keeps all tokens")
+    run.set_defaults(run=_run_field)
+
     add_control_command(commands)
     run = commands.add_parser("serve", help="transported completions over HTTP, as OpenAI's API", formatter_class=with_defaults)
     run.add_argument("--model", metavar="DIR", help="causal language model", **required)
     run.add_argument("--reward-model", nargs="+", metavar="DIR", help="sequence-classification model(s)", **required)
+    run.add_argument("--gradient-field", metavar="DIR", help=along, default=argparse.SUPPRESS)
     run.add_argument("--model-name", metavar="NAME", help="what requests call the model; default: as given", default=None)
     run.add_argument("--host", default="127.0.0.1", help="others than loopback need a key in VGF_API_KEY")
     run.add_argument("--port", type=int, default=8000, help="0 takes any free one")
@@ -350,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe(argv[0], argv[1:])
         else:
             args = _parser().parse_args(argv)
-            for name in ("output", "movers"):  # without a default, so that the help shows none
+            for name in ("output", "movers", "gradient_field", "layers"):  # without a default, so that the help shows none
                 setattr(args, name, getattr(args, name, None))
             args.run(args)
         sys.stdout.flush()

@@ -18,7 +18,8 @@ from vgf_llm.evaluation.evaluate import evaluate
 from vgf_llm.evaluation.evaluation_config import EvaluationConfig
 from vgf_llm.evaluation.judge import JudgeDown
 from vgf_llm.evaluation.loading import load_sampler
-from vgf_llm.flow import best_of_n_curve
+from vgf_llm.flow import best_of_n_curve, best_of_n_kl
+from vgf_llm.text.field import GradientField, fit_field
 
 
 PROMPTS = ["the food was", "a room", "staff were nice", "the staff"]
@@ -204,6 +205,73 @@ def test_a_killed_run_goes_on_and_a_new_setting_starts_anew(config, monkeypatch)
     said.clear()
     evaluate(config(max_completion_length=7), say=said.append)
     assert not [line for line in said if "finished before" in line]
+
+
+@pytest.fixture(scope="module")
+def fields(models, tmp_path_factory):
+    """Folders of two learned gradients of the reward, of different samples."""
+    root = tmp_path_factory.mktemp("fields")
+    sampler = load_sampler(str(models["lm"]), [str(models["reward"])])
+    for seed in (0, 1):
+        settings = {"num_samples": 32, "max_completion_length": 8, "epochs": 4, "batch_size": 32, "learning_rate": 3e-3}
+        fit_field(sampler, PROMPTS, seed=seed, **settings).save_pretrained(root / str(seed))
+    return root / "0", root / "1"
+
+
+def test_along_a_field_moved_particles_are_compared_with_plain_ones(config, fields, models, tmp_path):
+    """Pool, L = 0 and best-of-n are those of an evaluation without a field; VGF is what the sampler gives along it."""
+    few = {"flow_rounds": 3, "flow_movers": 2, "flow_kl_budgets": [1.0, 4.0]}
+    along = config(**few, flow_field=str(fields[0]), student_name_or_path=[f"other={models['student']}"])
+    report, plain = evaluate(along, say=quiet), evaluate(config(**few, output_dir=str(tmp_path / "plain")), say=quiet)
+    assert report["curve"] == plain["curve"]
+    still = [[row for row in r["rows"] if row["method"] in ("base", "best_of_n") or row.get("kl_budget") == 0]
+             for r in (report, plain)]  # fmt: skip
+    assert still[0] == still[1] and len(still[0]) == 6
+    sampler = load_sampler(str(models["lm"]), [str(models["reward"])], gradient_field=fields[0], movers=2)
+    zero = row_of(report, "vgf", kl_budget=0.0)
+    for index, kl in enumerate((1.0, 4.0)):
+        row = row_of(report, "vgf", kl_budget=kl)
+        budget = TransportBudget(steps=2, kl_budget=kl, rounds=3)
+        out = [sampler.sample(PROMPTS, 3, budget, 8, seed=seed) for seed in (0, 1)]
+        assert [example["vgf"][index]["text"] for example in report["examples"]] == out[0].completions
+        assert row["reward_proxy"] == pytest.approx(float(torch.cat([o.rewards for o in out]).mean()), abs=1e-5)
+        assert row["gain"] == pytest.approx(row["reward_gold"] - zero["reward_gold"], abs=1e-5)
+        # Three were drawn moved and twice two more; the log ratio of the selected one is counted even if it was drawn first.
+        ratio = [torch.cat([o.transported.log_ratio, o.initial.log_ratio], 1).gather(1, o.selected[:, None]) for o in out]
+        assert row["kl_nats"] == pytest.approx(float(torch.cat(ratio).mean()) + best_of_n_kl(7), abs=1e-5)
+        assert 3 < row["generations"] and row["steps"] == 1
+    assert row_of(report, "vgf", kl_budget=4.0)["reward_proxy"] > row_of(report, "vgf_random", kl_budget=4.0)["reward_proxy"]
+    # A student has no field: as it is without one.
+    alone = config(flow_kl_budgets=[], student_name_or_path=[f"other={models['student']}"], output_dir=str(tmp_path / "alone"))
+    assert row_of(report, "student: other") == row_of(evaluate(alone, say=quiet), "student: other")
+    page = (module.Path(along.output_dir) / "report.html").read_text(encoding="utf-8")
+    # No text stood before an answer, and no step: but for the legend no word is marked.
+    assert page.count("<ins>") == 1 and 'aria-label="reward per step"' not in page
+
+
+def test_a_run_that_was_cut_goes_on_with_its_own_field_alone(config, fields):
+    small = {"flow_kl_budgets": [4.0], "random_control": False, "seeds": [0]}
+    reports, said = {}, {}
+    for name, field in (("none", None), ("first", fields[0]), ("second", fields[1]), ("again", fields[0])):
+        said[name] = []
+        reports[name] = evaluate(config(**small, flow_field=field and str(field)), say=said[name].append)
+    finished = "VGF at 4 nats per decode: finished before"
+    assert [finished in said[name] for name in said] == [False, False, False, True]
+    assert all("a pool of 6 samples per prompt: finished before" in said[name] for name in ("first", "second"))
+    texts = {name: [e["vgf"][0]["text"] for e in reports[name]["examples"]] for name in reports}
+    assert texts["none"] != texts["first"] != texts["second"] and texts["again"] == texts["first"]
+
+
+def test_a_field_of_another_reward_or_vocabulary(config, fields, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Run, "_sample", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(OSError, match="gold holds no field.safetensors"):
+        evaluate(config(flow_field=str(models["gold"])), say=quiet)
+    GradientField(tiny.language_model("llama", 24).base_model, 5).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="gradient_field gives gradients of 5 numbers"):
+        evaluate(config(flow_field=str(tmp_path / "wide")), say=quiet)
+    GradientField(tiny.language_model("llama", 9).base_model, 16).save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match="gradient_field reads 9 tokens, but the tokenizer has .*another base model"):
+        evaluate(config(flow_field=str(tmp_path / "few")), say=quiet)
 
 
 def test_a_model_trained_again_is_another_one(config, models, tmp_path):

@@ -258,6 +258,10 @@ def test_files_that_are_no_field_are_refused(tmp_path):
     save_file({"score.weight": torch.zeros(1, 16)}, str(tmp_path / "other" / HEADS))
     with pytest.raises(ValueError, match=r"has the weights \['score.weight'\]"):
         GradientField.from_pretrained(tmp_path / "other")
+    wrong = {**FIELD.state_dict(), "slope.weight": torch.zeros(FIELD.width, 99)}
+    save_file({n: x.clone() for n, x in wrong.items() if not n.startswith("backbone")}, str(tmp_path / "other" / HEADS))
+    with pytest.raises(ValueError, match=r"a model with 99 hidden units, .* the files are of two fields"):
+        GradientField.from_pretrained(tmp_path / "other")
     (tmp_path / "other" / HEADS).write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"the file is broken or cut off"):
         GradientField.from_pretrained(tmp_path / "other")

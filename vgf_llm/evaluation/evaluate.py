@@ -1,8 +1,10 @@
 """`vgf evaluate`: one pool of particles per prompt, and what base, best-of-n, VGF and students make of it.
 
 Everything is measured on the same prompts and seeds: the first N particles of the pool are those that VGF moves, so that its
-budget 0 is best-of-N of the pool bit for bit, and differences are paired. Every finished stage is kept in the output directory
-under a hash of what it was made from, so a killed run goes on where it stopped; the report itself appears when it is complete.
+budget 0 is best-of-N of the pool bit for bit, and differences are paired. Along a learned gradient (`flow_field`) VGF draws its
+particles moved, with the noise of those N; the pool is the base model's there too. Every finished stage is kept in the output
+directory under a hash of what it was made from, so a killed run goes on where it stopped; the report itself appears when it is
+complete.
 """
 
 from __future__ import annotations
@@ -86,9 +88,10 @@ def evaluate(config: EvaluationConfig, gold: Gold | None = None, say: Callable[[
         ask = command_judge(shlex.split(config.judge_command))
     elif config.judge_base_url:
         ask = endpoint_judge(config.judge_base_url, cast(str, config.judge_model))
-    options = {
+    options: dict[str, Any] = {
         "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "movers": config.flow_movers,
         "horizon": None if config.flow_horizon < 0 else config.flow_horizon, "flow_batch_size": config.flow_batch_size,
+        "gradient_field": config.flow_field,  # plays no part at budget 0: the pool and the opponent are the base model's
     }  # fmt: skip
     sampler = load_sampler(config.model_name_or_path, config.reward_model_name_or_path, **options)
     questions = _questions(config, sampler)
@@ -203,25 +206,33 @@ class _Run:
             started = time.perf_counter()
             output = self._sample(self.sampler, share, n, budget, seed, random_direction if control else None)
             seconds = (time.perf_counter() - started) / len(share)
-            rows, pick, moved = torch.arange(len(share)), output.selected % n, output.selected < n
-            logprob = torch.where(moved, output.transported.logprobs[rows, pick], output.initial.logprobs[rows, pick])
+
+            def selected(name: str) -> torch.Tensor:
+                both = torch.cat([getattr(particles, name) for particles in (output.transported, output.initial)], 1)
+                return both.gather(1, output.selected[:, None])[:, 0]
+
             stage = self._judged(
                 share,
                 [[text] for text in output.completions],
                 [[ids] for ids in output.completion_ids],
                 output.rewards[:, None].tolist(),
-                (-logprob)[:, None].tolist(),
+                (-selected("logprobs"))[:, None].tolist(),
             )
             # The log ratio of what was selected, not the mean KL of its path: selection prefers unlikely moves.
-            stage["log_ratio"] = torch.where(moved, output.transported.log_ratio[rows, pick], 0.0).tolist()
+            stage["log_ratio"] = selected("log_ratio").tolist()
             stage["generations"] = output.generations.tolist()
             stage["seconds"] = [seconds] * len(share)
-            stage["start"] = [output.initial.completions[b][k] for b, k in enumerate(pick.tolist())]
-            # Mean over the moved particles before every step, of every round.
-            stage["trace"] = torch.cat([t.values.mean(2) for t in output.trace]).T.tolist()
+            if config.flow_field is None:
+                stage["start"] = [output.initial.completions[b][k] for b, k in enumerate((output.selected % n).tolist())]
+                # Mean over the moved particles before every step, of every round.
+                stage["trace"] = torch.cat([t.values.mean(2) for t in output.trace]).T.tolist()
+            else:  # drawn moved: no text stands before it, and no step
+                stage["start"], stage["trace"] = list(output.completions), [[] for _ in share]
             return stage
 
         settings = {"budget": asdict(budget), "n": n, "horizon": config.flow_horizon, "movers": config.flow_movers}
+        if config.flow_field is not None:  # else what was finished before there were fields stays finished
+            settings["field"] = _fingerprint(config.flow_field)
         name = f"{'random' if control else 'vgf'}-{kl_budget:g}"
         said = f"{'random directions' if control else 'VGF'} at {kl_budget:g} nats per decode"
         return self._stage(name, settings, said, sample)
@@ -566,6 +577,9 @@ def _rows(
     more = {"num_particles": n, "generations": float(n), "steps": 0, "kl_budget": 0.0, "kl_nats": best_of_n_kl(n)}
     rows.append(row("vgf", zero, texts, **more))
     movers = n if config.flow_movers is None else min(config.flow_movers, n)
+    # Beside the N plain ones every round moves some; along a field those drawn first are moved ones already.
+    drawn_moved = config.flow_field is not None
+    candidates = n + movers * (config.flow_rounds - 1 if drawn_moved else config.flow_rounds)
     for method in ("vgf", "vgf_random"):
         for kl in config.flow_kl_budgets:
             stage = answers.get(f"{method} {kl:g}")
@@ -573,9 +587,10 @@ def _rows(
                 continue
             at = {name: v[:, 0] for name, v in values(stage).items()}
             more = {
-                "num_particles": n, "generations": float(np.mean(stage["generations"])), "steps": config.flow_steps,
+                "num_particles": n, "generations": float(np.mean(stage["generations"])),
+                "steps": 1 if drawn_moved else config.flow_steps,  # along a field there is no number of them
                 "kl_budget": kl, "rounds": config.flow_rounds, "seconds_per_prompt": float(np.mean(stage["seconds"])),
-                "kl_nats": selection_kl(_by_prompt(stage["log_ratio"], seeds).mean(1), n + config.flow_rounds * movers),
+                "kl_nats": selection_kl(_by_prompt(stage["log_ratio"], seeds).mean(1), candidates),
             }  # fmt: skip
             rows.append(row(method, at, [t[0] for t in stage["completions"]], **more))
     for name in config.students:

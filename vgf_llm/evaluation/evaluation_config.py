@@ -64,6 +64,9 @@ class EvaluationConfig:
     flow_rounds: int = field(default=1, metadata={"help": "How often flow and decode alternate."})
     flow_horizon: int = field(default=0, metadata={"help": "Tokens a tilt outlives the first change; -1: to the end."})
     flow_movers: int | None = field(default=None, metadata={"help": "Best particles a round moves. Default: all."})
+    flow_field: str | None = field(
+        default=None, metadata={"help": "Folder of a learned gradient (vgf field), along which particles are drawn."}
+    )
     flow_batch_size: int = field(default=32, metadata={"help": "Completions in memory at once; changes no result."})
     random_control: bool = field(
         default=True,

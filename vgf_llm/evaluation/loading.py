@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.field import GradientField
 from vgf_llm.text.loading import load_whole
 
 
@@ -56,16 +57,25 @@ def load_reward(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Dif
     return DifferentiableReward(list(names), tokenizer, calibration=calibration)
 
 
-def load_sampler(model: str, reward_models: Sequence[str], **options: Any) -> VGFSampler:
-    """A sampler from paths or hub ids. `options` are those of `VGFSampler`.
+def load_sampler(
+    model: str, reward_models: Sequence[str], *, gradient_field: str | Path | None = None, **options: Any
+) -> VGFSampler:
+    """A sampler from paths or hub ids.
+
+    Args:
+        model, reward_models: see `load_language_model` and `load_reward`.
+        gradient_field: folder of a learned gradient, along which particles are drawn. Default: none.
+        options: the others of `VGFSampler`.
 
     Raises:
-        ValueError: those of `load_language_model`, `load_reward` and `VGFSampler`.
+        ValueError: those of `load_language_model`, `load_reward`, `GradientField.from_pretrained` and `VGFSampler`.
+        OSError: the folder holds no field.
     """
     for name in (model, *reward_models):  # before anything large is read
         check_model(name)
+    field = None if gradient_field is None else GradientField.from_pretrained(gradient_field)
     language_model, tokenizer = load_language_model(model)
-    return VGFSampler(language_model, load_reward(reward_models, tokenizer), tokenizer, **options)
+    return VGFSampler(language_model, load_reward(reward_models, tokenizer), tokenizer, gradient_field=field, **options)
 
 
 def check_model(name: str) -> None:

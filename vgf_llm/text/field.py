@@ -164,6 +164,11 @@ class GradientField(nn.Module):
         if set(heads) != expected:
             raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
         field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0])
+        if heads["slope.weight"].shape[1] != field.slope.in_features:
+            raise ValueError(
+                f"{path} belongs to a model with {heads['slope.weight'].shape[1]} hidden units, but the one beside it has "
+                f"{field.slope.in_features}: the files are of two fields"
+            )
         field.load_state_dict(heads, strict=False)
         return field.requires_grad_(False)
 

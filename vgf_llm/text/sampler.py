@@ -201,6 +201,13 @@ class VGFSampler:
                 f"gradient_field gives gradients of {gradient_field.width} numbers, but the particles of this reward have "
                 f"{self.reward.width}: fit it to this reward (vgf_llm.text.field.fit_field)"
             )
+        if gradient_field is not None:
+            known = gradient_field.backbone.config.get_text_config().vocab_size
+            if known < len(processing_class):
+                raise ValueError(
+                    f"gradient_field reads {known} tokens, but the tokenizer has {len(processing_class)}: it was fitted to "
+                    "another base model"
+                )
         self.field = None if gradient_field is None else gradient_field.to(self.model.device).eval()
         self.gradient_at = gradient_at
         self.candidates = candidates
