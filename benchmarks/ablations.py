@@ -51,6 +51,7 @@ from vgf_llm.evaluation.frontier import POOL_SEED
 from vgf_llm.evaluation.metrics import (
     bootstrap_ci,
     distinct_n,
+    equal_kl_n,
     paired_bootstrap_ci,
     reward_quantile_kl,
     selection_kl,
@@ -467,17 +468,21 @@ def row(method: str, cell: Mapping[str, Any], variant: Variant, pool: Mapping[st
         "distinct_2": distinct_n(cell["text"], 2),
         "gold_of_all": float(np.mean(cell["gold_of_all"])),
         "cpu_seconds": cell["seconds"],
-        **over_best_of_n(cell, pool),
+        **over_best_of_n(cell, pool, None if spent is None else selection_kl(spent, candidates)),
         **at_equal_proxy(cell, pool),
     }
     return result
 
 
-def over_best_of_n(cell: Mapping[str, Any], pool: Mapping[str, Any]) -> dict:
-    """Gold above best-of-n with as many generations, and in as many CPU seconds, rounded up; mean and interval, paired."""
+def over_best_of_n(cell: Mapping[str, Any], pool: Mapping[str, Any], kl_nats: float | None) -> dict:
+    """Gold above best-of-n with as many generations, in as many CPU seconds, and at as many nats, rounded up; mean and interval,
+    paired."""
     proxy, gold = torch.tensor(pool["proxy"]), torch.tensor(pool["gold"])
     size, result = proxy.shape[1], {}
-    for key, n in (("", np.mean(cell["generations"])), ("_in_equal_time", size * cell["seconds"] / pool["seconds"])):
+    rivals = {"": np.mean(cell["generations"]), "_in_equal_time": size * cell["seconds"] / pool["seconds"]}
+    if kl_nats is not None:
+        rivals["_at_equal_kl"] = equal_kl_n(kl_nats, size)
+    for key, n in rivals.items():
         n = min(max(math.ceil(n), 1), size)
         rival = best_of_n_curve(proxy, gold, [n])[:, 0].numpy()
         low, high = paired_bootstrap_ci(cell["gold"], rival)

@@ -145,7 +145,7 @@ def test_best_of_n_is_level_with_itself():
     drawn = pool()
     curve = {k: best_of_n_curve(torch.tensor(drawn["proxy"]), torch.tensor(drawn[k]), [8])[:, 0] for k in ("proxy", "gold")}
     cell = {"proxy": curve["proxy"].tolist(), "gold": curve["gold"].tolist(), "generations": [8.0] * 12, "seconds": 4.0}
-    over, equal = ablations.over_best_of_n(cell, drawn), ablations.at_equal_proxy(cell, drawn)
+    over, equal = ablations.over_best_of_n(cell, drawn, 0.5), ablations.at_equal_proxy(cell, drawn)
     assert over["equal_n"] == 8 and over["gold_over_best_of_n"] == pytest.approx(0, abs=1e-6)
     assert over["equal_n_in_equal_time"] == 4 and over["gold_over_best_of_n_in_equal_time"] > 0
     assert equal["equal_proxy_n"] == pytest.approx(8, abs=1e-3)

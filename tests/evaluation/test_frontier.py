@@ -20,8 +20,8 @@ def measured(gold, generations, seconds):
 
 def test_the_difference_is_paired_and_n_rounded_up():
     drawn = pool()
-    row = over_best_of_n(measured((drawn.gold[:, -1] + 1).tolist(), 7.2, 10.0), drawn)
-    assert (row["equal_n"], row["equal_n_in_equal_time"]) == (8, 2)
+    row = over_best_of_n(measured((drawn.gold[:, -1] + 1).tolist(), 7.2, 10.0), drawn, 1.0)
+    assert (row["equal_n"], row["equal_n_in_equal_time"], row["equal_n_at_equal_kl"]) == (8, 2, 7)
     # What prompts have in common drops out: no spread is left although their levels differ by 10.
     for end in ("", "_low", "_high"):
         assert row[f"gold_over_best_of_n{end}"] == pytest.approx(1.0)
@@ -31,6 +31,6 @@ def test_the_difference_is_paired_and_n_rounded_up():
 
 def test_n_is_at_most_the_pool():
     drawn = pool(seconds=1.0)
-    row = over_best_of_n(measured(drawn.gold[:, -1].tolist(), 30.0, 50.0), drawn)
-    assert (row["equal_n"], row["equal_n_in_equal_time"]) == (8, 8)
+    row = over_best_of_n(measured(drawn.gold[:, -1].tolist(), 30.0, 50.0), drawn, 9.0)
+    assert (row["equal_n"], row["equal_n_in_equal_time"], row["equal_n_at_equal_kl"]) == (8, 8, 8)
     assert row["gold_over_best_of_n"] == pytest.approx(0.0)

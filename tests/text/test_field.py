@@ -102,7 +102,7 @@ def slow(sampler, field, prompt, ids, scale, kl_budget):
 @pytest.mark.parametrize("candidates", [4, 64])
 def test_candidates_are_weighed_alike_by_rows_of_the_table_and_by_all_of_it(candidates):
     torch.manual_seed(0)
-    gradient, log_mu, table = torch.randn(5, 2, 6), torch.randn(5, 2, 3000).log_softmax(-1), torch.randn(3000, 6)
+    gradient, log_mu, table = torch.randn(5, 2, 6), torch.randn(5, 2, 9000).log_softmax(-1), torch.randn(9000, 6)
     ids = log_mu.topk(candidates, -1).indices
     rows = _gain(gradient, log_mu, ids, table)
     compact, where = ids.unique(return_inverse=True)

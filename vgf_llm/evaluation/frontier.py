@@ -20,7 +20,15 @@ from vgf_llm.text.field import GradientField, fit_field
 from vgf_llm.text.sampler import Direction
 
 from .controls import flip, random_direction, shuffle_positions
-from .metrics import bootstrap_ci, distinct_n, judge_nll, paired_bootstrap_ci, reward_quantile_kl, selection_kl
+from .metrics import (
+    bootstrap_ci,
+    distinct_n,
+    equal_kl_n,
+    judge_nll,
+    paired_bootstrap_ci,
+    reward_quantile_kl,
+    selection_kl,
+)
 from .world import artefact
 
 
@@ -228,15 +236,20 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) ->
     return rows
 
 
-def over_best_of_n(measured: Measured, pool: Pool) -> Row:
-    """Gold above best-of-n on the same prompts, at equal generations and in equal time: mean and 95 % interval of the paired
-    difference.
+def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float) -> Row:
+    """Gold above best-of-n on the same prompts, at equal generations, in equal time and at equal KL: mean and 95 % interval of
+    the paired difference.
 
-    n is what the generations, or the seconds, would have paid for, rounded up in favour of best-of-n and at most the pool.
+    n is what the generations, the seconds, or `kl_nats` would have paid for, rounded up in favour of best-of-n and at most the
+    pool.
     """
     size = pool.proxy.shape[1]
     result: Row = {}
-    for key, n in (("", np.mean(measured.generations)), ("_in_equal_time", size * measured.seconds / pool.seconds)):
+    for key, n in (
+        ("", np.mean(measured.generations)),
+        ("_in_equal_time", size * measured.seconds / pool.seconds),
+        ("_at_equal_kl", equal_kl_n(kl_nats, size)),
+    ):
         n = min(math.ceil(n), size)
         baseline = best_of_n_curve(pool.proxy, pool.gold, [n])[:, 0].numpy()
         low, high = paired_bootstrap_ci(measured.gold, baseline)
@@ -421,7 +434,7 @@ def measure_task(
                     members=size,
                     seeds=len(seeds),
                     kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),
-                    **over_best_of_n(measured, pool),
+                    **over_best_of_n(measured, pool, selection_kl(measured.kl, candidates)),
                 )
             )
     return rows

@@ -214,6 +214,11 @@ def _nll(rows: list[tuple[list[int], list[int]]], model: PreTrainedModel) -> Ten
     return -said.masked_fill(mask[:, before:] == 0, 0.0).double().sum(1).cpu()
 
 
+def equal_kl_n(nats: float, most: int) -> int:
+    """The n of best-of-n that is allowed so many nats: the smallest whose bound on KL is not below them, `most` at the most."""
+    return next((n for n in range(1, most) if best_of_n_kl(n) >= nats), most)
+
+
 def selection_kl(kl_selected: ArrayLike, candidates: int) -> float:
     """An account of KL(output || base), in nats per completion: moving the particles, plus choosing among them.
 

@@ -7,8 +7,8 @@ interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nl
 opponent `rate`, `low`, `high` and `ties`. Optional: `gradient` that particles follow ("learned" or the reward's "own"),
 `kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with
 its 95 % interval `..._low` and `..._high`, of a paired difference at equal generations, and
-`gold_over_best_of_n_in_equal_time` likewise. A value may be absent or None; a table shows "-" there, and leaves out a column
-that no row fills.
+`gold_over_best_of_n_in_equal_time` and `gold_over_best_of_n_at_equal_kl` likewise. A value may be absent or None; a table shows
+"-" there, and leaves out a column that no row fills.
 """
 
 from __future__ import annotations

@@ -266,8 +266,8 @@ def fit_field(
 
 def _gain(gradient: Tensor, log_mu: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """<g, E_v> [..., K] of the candidates ids [..., K], less their mean under mu: the tokens that are none stay at 0."""
-    # While the table is small a product with all of it is faster than fetching rows of it for everyone.
-    small = len(table) <= 32 * ids.shape[-1]
+    # Up to thousands of tokens a product with the whole table is faster than fetching rows of it for everyone.
+    small = len(table) <= 128 * ids.shape[-1]
     gain = (gradient @ table.T).gather(-1, ids) if small else (table[ids] @ gradient[..., None])[..., 0]
     return gain - (log_mu.gather(-1, ids).softmax(-1) * gain).sum(-1, keepdim=True)
 
