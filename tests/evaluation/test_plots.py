@@ -118,7 +118,7 @@ def test_the_budget_figure_says_where_gold_turns_over(tmp_path, drawn):
 def test_series_are_told_apart_by_the_settings_that_differ(tmp_path, drawn):
     more = [row("vgf", 4, 3.0, 0.8, kl_budget=2, members=m, verified=v) for m in (1, 4) for v in (True, False)]
     plots.plot_budget(more, tmp_path / "a.png")
-    assert "VGF N=4, 4 reward models, unverified" in labels(drawn[0]) and len(labels(drawn[0])) == 4
+    assert "VGF N=4, 4 RMs, unverified" in labels(drawn[0]) and len(labels(drawn[0])) == 4
 
 
 @pytest.mark.parametrize("plot", ALL)

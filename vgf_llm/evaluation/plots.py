@@ -44,11 +44,11 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-# What tells the series of a figure apart. Steps and rounds do not: budget 0 is the first point of its series.
+# What tells the series of a figure apart (RM: reward model). Steps and rounds do not: budget 0 is the first point of its series.
 _SETTING_NAMES: dict[str, Callable[[Any], str]] = {
     "gradient": lambda gradient: f"{gradient} gradient",
     "num_particles": lambda n: f"N={n:g}",
-    "members": lambda m: f"{m:g} reward model{'s' if m != 1 else ''}",
+    "members": lambda m: f"{m:g} RM{'s' if m != 1 else ''}",
     "verified": lambda verified: "" if verified else "unverified",
 }
 
@@ -319,7 +319,7 @@ def _best_of_n(ax: Axes, rows: Sequence[Row], x: str, label: str) -> list[Row]:
         of_members.setdefault(row.get("members"), []).append(row)
     ranked = sorted(of_members.items(), key=lambda item: item[0] or 0, reverse=True)
     for index, (members, curve) in enumerate(ranked):
-        name = label if len(ranked) == 1 else f"{label}, {members} reward model{'s' if members != 1 else ''}"
+        name = label if len(ranked) == 1 else f"{label}, {_SETTING_NAMES['members'](members)}"
         _line(ax, curve, x, name, BLUE if index == 0 else SKY, "o", band=index == 0)
     return ranked[0][1] if ranked else []
 
@@ -412,8 +412,10 @@ def _legend(figure: Figure, axes: Sequence[Sequence[Axes]]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     # A legend does not shrink to its figure: as many columns as the longest label leaves room for, at 0.085 inches a letter.
-    widest = 0.7 + 0.085 * max(map(len, handles), default=0)
+    widest = 0.7 + 0.075 * max(map(len, handles), default=0)
     columns = max(1, min(len(handles), int(figure.get_figwidth() // widest)))
+    # The panels keep their height, however long it gets.
+    figure.set_figheight(figure.get_figheight() + 0.21 * max(0, math.ceil(len(handles) / columns) - 3))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
