@@ -64,7 +64,7 @@ class TransportBudget:
         Gold is nearly flat in the nats of a decode between 2 and 16, and in the number of steps (docs/method.md), so that these
         are fixed; what differs between rewards and between prompts is whether moves pay at all, and that is found out on the way.
         """
-        return cls(steps=3, step_size=0.5, kl_budget=4.0, rounds=64, generations=generations)
+        return cls(steps=3, step_size=0.5, kl_budget=2.0, rounds=64, generations=generations)
 
     def __post_init__(self) -> None:
         for name, lowest in (("steps", 0), ("rounds", 1)):
