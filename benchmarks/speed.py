@@ -31,7 +31,7 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -361,7 +361,7 @@ def plot(grids: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         if field != "steps":
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
