@@ -245,8 +245,8 @@ def test_along_a_field_moved_particles_are_compared_with_plain_ones(config, fiel
     alone = config(flow_kl_budgets=[], student_name_or_path=[f"other={models['student']}"], output_dir=str(tmp_path / "alone"))
     assert row_of(report, "student: other") == row_of(evaluate(alone, say=quiet), "student: other")
     page = (module.Path(along.output_dir) / "report.html").read_text(encoding="utf-8")
-    # No text stood before an answer, and no step: but for the legend no word is marked.
-    assert page.count("<ins>") == 1 and 'aria-label="reward per step"' not in page
+    # No text stood before an answer, and no step: no word is marked, and the page says why.
+    assert "<ins>" not in page and "drawn along a learned gradient" in page and 'aria-label="reward per step"' not in page
 
 
 def test_a_run_that_was_cut_goes_on_with_its_own_field_alone(config, fields):
