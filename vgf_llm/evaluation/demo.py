@@ -60,7 +60,7 @@ SCALES = {
     # Minutes on two cores.
     "default": Scale(
         Settings(steps=2_000, judge_steps=400, trunk_pairs=6_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
-        Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=250, own_steps=1),
+        Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=150, own_steps=1),
         prompts_per_seed=6,
         seeds=(0, 1, 2),
         student_steps=4,
