@@ -267,7 +267,8 @@ NS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run for every task. The defaults are those of the demonstration, chosen on the proxy reward of other prompts.
+    """What is run for every task. The defaults are those of the demonstration: of the own gradient chosen on the proxy reward of
+    other prompts, of the learned one (1 nat) after trials on other prompts whose gold had been seen too.
 
     Particles move along a learned gradient (`text.field`), each while it is drawn, `rounds` times N of them. The gradient of the
     reward itself, on finished texts, stands beside it: three steps a round, six rounds of the two best.
