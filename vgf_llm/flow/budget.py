@@ -62,7 +62,8 @@ class TransportBudget:
         """The budget for text that needs no tuning: so many completions per prompt, spent where they pay.
 
         Along the reward's own gradient gold is nearly flat in the nats of a decode between 2 and 16, and in the number of steps;
-        along a learned one it rises with nats on one task and falls on another (docs/method.md). So these are fixed, at the low end; what differs between rewards and between prompts is whether moves pay at all, and that is found out on the way.
+        along a learned one it rises with nats on one task and falls on another (docs/method.md). So these are fixed, at the low
+        end; what differs between rewards and between prompts is whether moves pay at all, and that is found out on the way.
         """
         return cls(steps=3, step_size=0.5, kl_budget=2.0, rounds=64, generations=generations)
 
