@@ -208,9 +208,9 @@ class Probe(TrainerCallback):
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         sampler = VGFSampler(policy, self.reward, self.tokenizer, flow_batch_size=256)
         # Noise of its own: a student is not measured on what it was fitted to.
-        out = sampler.sample(
-            self.prompts, SAMPLES, TransportBudget(steps=0), self.job.max_completion_length, seed=2**50 + self.seed
-        ).initial
+        # By place: of tasks with few prompts the same one comes more than once.
+        seeds = [2**50 + self.seed * 2**20 + place for place in range(len(self.prompts))]
+        out = sampler.sample(self.prompts, SAMPLES, TransportBudget(steps=0), self.job.max_completion_length, seed=seeds).initial
         model.train(training)
         flat = [prompt for prompt in self.prompts for _ in range(SAMPLES)]
         nll = judge_nll(self.base, self.tokenizer, flat, [ids for row in out.completion_ids for ids in row])
@@ -314,7 +314,8 @@ def best_and_worst(
 ) -> list[dict[str, str]]:
     """Best and worst of 8 samples of the base model for every prompt."""
     sampler = of_base(job, reward, tokenizer, PROMPTS_PER_STEP * GENERATIONS)
-    out = sampler.sample(prompts, GENERATIONS, TransportBudget(steps=0), job.max_completion_length, seed=seed).initial
+    seeds = [seed * 2**20 + place for place in range(len(prompts))]
+    out = sampler.sample(prompts, GENERATIONS, TransportBudget(steps=0), job.max_completion_length, seed=seeds).initial
     rows = zip(prompts, out.completions, out.rewards.argmax(1).tolist(), out.rewards.argmin(1).tolist(), strict=True)
     return [{"prompt": p, "chosen": " " + texts[best], "rejected": " " + texts[worst]} for p, texts, best, worst in rows]
 

@@ -63,15 +63,16 @@ def test_fitted_completions_are_better_than_the_best_of_as_many(make_trainer, fi
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("target", ["sft", "weighted", "dpo"])
+@pytest.mark.parametrize("target", ["sft", "weighted", "tilt", "dpo", "advantage"])
 def test_training_raises_the_reward_without_a_gradient_of_it(make_trainer, tokenizer, lora, field, monkeypatch, target, adapters):
     def refuse(*arguments):
         raise AssertionError("the reward was differentiated")
 
     monkeypatch.setattr(DifferentiableReward, "value_and_grad", refuse)
+    own = {"particle_source": "policy", "flow_steps": 0} if target == "advantage" else {}
     trainer = make_trainer(
         flow_field=field, target=target, peft_config=lora if adapters else None, max_steps=30, dpo_beta=0.5,
-        per_device_train_batch_size=16 if target == "weighted" else 8, learning_rate=3e-2 if target == "dpo" else 1e-2,
+        per_device_train_batch_size=8 if target in ("sft", "dpo") else 16, learning_rate=3e-2 if target == "dpo" else 1e-2, **own,
     )  # fmt: skip
     before = [parameter.clone() for parameter in trainer._field.parameters()]
     trainer.train()
@@ -126,6 +127,61 @@ def test_dpo_pairs_the_best_with_the_worst_of_the_first_round_both_moved(make_tr
         expected.append(out.transported.completion_ids[b][int(out.transported.rewards[b].argmax())])
         expected.append(out.initial.completion_ids[b][int(out.initial.rewards[b].argmin())])
     assert pairs == expected
+
+
+@pytest.mark.parametrize("budget", [0.3, 2.0])
+def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, field, budget):
+    """At 0.3 nats the budget of a completion runs out before its end, also where it is read again, all tokens at once."""
+    trainer = make_trainer(target="tilt", flow_field=field, flow_kl_budget=budget, per_device_train_batch_size=16)
+    _, batch = first_phase(trainer)
+    rows = [trainer.train_dataset[index]["prompt"] for index in range(4)]
+    seeds = [trainer._seed(place) for place in range(4)]
+    out = trainer._samplers["reference"].sample(rows, 4, trainer.args.budget, 6, seed=seeds).transported
+    order = out.rewards.sort(dim=1, descending=True, stable=True).indices
+    torch.testing.assert_close(batch["target_kl"].sum(1), out.kl.gather(1, order).flatten())
+    assert (batch["target_kl"].sum(1) <= budget * (1 + 1e-5)).all()
+    said = batch["target_ids"] == batch["completion_ids"][..., None]
+    assert said.any(-1)[batch["completion_mask"].bool()].all()  # the whole vocabulary are candidates
+    log_q = (batch["target_log_q"][..., :-1].masked_fill(~said, 0.0).sum(-1) * batch["completion_mask"]).sum(1)
+    torch.testing.assert_close(log_q - batch["base_logprobs"], out.log_ratio.gather(1, order).flatten(), atol=1e-4, rtol=1e-4)
+
+
+def test_dense_targets_leave_to_particles_what_selection_adds(make_trainer, field):
+    """The mean over particles of both parts has the gradient of `weighted`, for which a target stands where a token stood."""
+    batches = {}
+    for temperature in (0.5, 100.0):
+        trainer = make_trainer(target="tilt", flow_field=field, target_temperature=temperature, per_device_train_batch_size=16)
+        _, batches[temperature] = first_phase(trainer)
+    sharp, flat = (batches[temperature]["selection"].view(4, 4) for temperature in (0.5, 100.0))
+    torch.testing.assert_close(sharp.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
+    assert (sharp.diff(dim=1) <= 1e-6).all() and sharp[:, 0].max() > 2 and flat.abs().max() < 0.05
+    weighted = make_trainer(target="weighted", flow_field=field, target_temperature=0.5, per_device_train_batch_size=16)
+    _, likelihood = first_phase(weighted)
+    torch.testing.assert_close((1 + sharp) / 4, likelihood["weights"].view(4, 4))
+    # Where the policy is q, the dense part pulls nowhere: what is left is the pull of selection.
+    batch = batches[0.5]
+    log_q = torch.full((*batch["completion_ids"].shape, len(trainer.processing_class)), -torch.inf)
+    log_pi = log_q.scatter(-1, batch["target_ids"], batch["target_log_q"][..., :-1]).log_softmax(-1)
+    losses = trainer._losses(log_pi, trainer._logprobs(log_pi, batch), batch)
+    expected = -batch["weights"] * batch["selection"] * trainer._logprobs(log_pi, batch)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_field_takes_the_place_of_the_gradient_in_dense_targets(make_trainer, field):
+    """Of the reference's samples and of the policy's: the tokens that count gain, as far as the cap of a token goes."""
+    settings = {"flow_steps": 0, "per_device_train_batch_size": 16, "tilt_kl_cap": 0.2, "target_temperature": 0.05}
+    for source, target in (("reference", "tilt"), ("policy", "tilt"), ("policy", "advantage")):
+        along, without = (
+            make_trainer(target=target, particle_source=source, flow_field=folder, **settings) for folder in (field, None)
+        )
+        (texts, batch), (same, other) = first_phase(along), first_phase(without)
+        assert texts == same and not torch.allclose(batch["target_log_q"], other["target_log_q"])
+        good = along.processing_class.convert_tokens_to_ids("good")
+        inside, spent = batch["completion_mask"].bool(), batch["target_kl"]
+        torch.testing.assert_close(spent[inside], torch.full_like(spent[inside], 0.2), atol=1e-2, rtol=0)
+        before = along._log_pi(along._samplers["reference"].model, batch).detach()
+        q = batch["target_log_q"][..., :-1].masked_fill(batch["target_ids"] != good, -torch.inf).logsumexp(-1)
+        assert q.exp()[inside].mean() > 2 * before[..., good].exp()[inside].mean()
 
 
 def test_evaluation_moves_particles_of_the_reference_and_no_sample_of_the_policy(make_trainer, prompts, tokenizer, field):
@@ -231,6 +287,14 @@ def test_a_field_is_loaded_whole_whatever_the_engine(make_trainer, field, monkey
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sft", "tilt"])
+def test_a_field_is_taken_by_targets_that_move_no_particle(tmp_path, target):
+    """Those that do are refused in test_vgf_config.py."""
+    settings = {"output_dir": str(tmp_path), "flow_field": "field", "target": target, "flow_steps": 0}
+    VGFConfig(**settings, particle_source="policy")
+    VGFConfig(**settings, flow_rounds=2)
 
 
 def test_folders_that_hold_no_field_are_refused_before_the_policy_is_loaded(make_trainer, field, tmp_path, monkeypatch):

@@ -93,8 +93,9 @@ def measure_vgf(
         prompts = task.prompts(seed)
         started = time.perf_counter()
         out = sampler.sample(
-            prompts, num_particles, budget, task.max_completion_length, seed=seed, verify=verify, direction=direction
-        )
+            prompts, num_particles, budget, task.max_completion_length,
+            seed=_seeds(seed, prompts), verify=verify, direction=direction,
+        )  # fmt: skip
         m.seconds += time.perf_counter() - started
         _judge(m, task, sampler, judge, prompts, out)
     return m
@@ -156,6 +157,11 @@ class Pool:
     seconds: float
 
 
+def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
+    """By place: of a task with few prompts the same one comes many times, and copies would pass for a larger sample."""
+    return [seed * 2**20 + place for place in range(len(prompts))]
+
+
 def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Sequence[int], size: int) -> Pool:
     """`size` samples per prompt, scored by the sampler's reward, the gold reward, the base model and the judge."""
     proxy, gold, base_nll, judge_nlls = [], [], [], []
@@ -166,7 +172,8 @@ def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Se
         prompts = task.prompts(seed)
         started = time.perf_counter()
         # Noise of its own: where VGF's completions are ranked in the pool, they must not be part of it.
-        out = sampler.sample(prompts, size, TransportBudget(steps=0), task.max_completion_length, seed=POOL_SEED + seed)
+        noise = _seeds(POOL_SEED + seed, prompts)
+        out = sampler.sample(prompts, size, TransportBudget(steps=0), task.max_completion_length, seed=noise)
         seconds += time.perf_counter() - started
         drawn = out.initial
         flat_prompts = [p for p in prompts for _ in range(size)]

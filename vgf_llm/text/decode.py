@@ -195,6 +195,18 @@ class Steering:
     kl_budget: float
 
 
+def affordable(price: Tensor, kl_budget: float, spent: Tensor) -> Tensor:
+    """Which tokens of the prices [R, T], one after the other, a budget pays for of which `spent` [R] is gone: [R, T].
+
+    A token too dear is drawn without a tilt, and what is left stays for those that follow.
+    """
+    paid = []
+    for cost in price.unbind(1):
+        paid.append(spent + cost <= kl_budget)
+        spent = spent + torch.where(paid[-1], cost, 0.0)
+    return torch.stack(paid, 1)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -220,7 +232,7 @@ def sample(
             return tokens, log_mu.gather(-1, tokens[..., None])
         tilt = steering.tilt(active, positions, read[..., width:], log_mu)
         price, shift = _price(log_mu, tilt.ids, tilt.values)
-        paid = spent[active, None] + price <= steering.kl_budget
+        paid = affordable(price, steering.kl_budget, spent[active])
         values = torch.where(paid[..., None], tilt.values, 0.0)
         price, shift = torch.where(paid, price, 0.0), torch.where(paid, shift, 0.0)
         spent[active] += price[:, 0]

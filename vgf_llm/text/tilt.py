@@ -5,6 +5,8 @@
 with g the gradient of the reward at the completion's embeddings, E the embedding table, and lam_cap the scale at which one
 token spends its cap, KL(q_t || mu_t) = kl_cap. It is the closed-form maximum of E_q A_t - alpha KL(q || mu_t) wherever the cap is
 slack.
+
+Along a learned gradient (text/field.py) q_t is what a particle was drawn from, and nothing is left to choose: `field_targets`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import decode
+from .field import GradientField, gain
 from .proxy import evaluation_points, token_advantages
 from .sampler import VGFSampler
 
@@ -43,6 +46,7 @@ def token_targets(
     mask: Tensor,
     alpha: Tensor,
     kl_cap: float,
+    field: GradientField | None = None,
 ) -> TokenTargets:
     """Targets at completions [R, T] of prompts [R, P].
 
@@ -52,16 +56,41 @@ def token_targets(
         ids, mask: [R, T] padded on the right.
         alpha: [R] temperature, in units of the reward.
         kl_cap: nats that one token may spend.
+        field: gives g_t instead, learned and in expectation over what follows; then the end of a text has an advantage too.
     """
-    log_mu, advantage, moves = _advantages(sampler, prompt_ids, prompt_mask, ids, mask)
+    if field is None:
+        log_mu, advantage, moves = _advantages(sampler, prompt_ids, prompt_mask, ids, mask)
+        candidates, coarse = decode.coarse(log_mu, sampler.candidates)
+        inside = advantage.gather(-1, candidates)
+    else:
+        moves = mask
+        candidates, coarse, inside = _along(field, sampler, prompt_ids, prompt_mask, ids, mask)
     # What is not a candidate is one event with advantage 0: a target over candidates alone would empty the tail.
-    candidates, coarse = decode.coarse(log_mu, sampler.candidates)
-    gain = torch.nn.functional.pad(advantage.gather(-1, candidates), (0, 1))
+    advantages = torch.nn.functional.pad(inside, (0, 1))
     # Every position is a row of its own here: the cap holds per token.
-    flat = (coarse.flatten(0, 1)[:, None], gain.flatten(0, 1)[:, None], moves.flatten()[:, None])
+    flat = (coarse.flatten(0, 1)[:, None], advantages.flatten(0, 1)[:, None], moves.flatten()[:, None])
     cap = decode.solve_scale(*flat, kl_cap).view(moves.shape)
-    log_q = decode.tilted(coarse, torch.minimum(cap, 1 / alpha[:, None])[..., None] * gain)
+    log_q = decode.tilted(coarse, torch.minimum(cap, 1 / alpha[:, None])[..., None] * advantages)
     return TokenTargets(candidates, log_q, decode.kl(log_q, coarse) * mask)
+
+
+@torch.no_grad()
+def field_targets(
+    sampler: VGFSampler, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, kl_budget: float
+) -> TokenTargets:
+    """What every token of completions [R, T] was drawn from, q_t, given that a sampler drew them along its gradient field within
+    `kl_budget` nats each. Its base model is mu.
+
+    A completion says one token of q_t; the whole of it takes away the noise of the draw, and what is fitted to it is fitted to q
+    itself: E_q sum_t KL(q_t || pi_t) = KL(q || pi).
+    """
+    field = sampler.field
+    assert field is not None
+    candidates, coarse, advantages = _along(field, sampler, prompt_ids, prompt_mask, ids, mask)
+    log_q = decode.tilted(coarse, torch.nn.functional.pad(field.scale(kl_budget) / field.spread * advantages, (0, 1)))
+    price = decode.kl(log_q, coarse) * mask
+    paid = decode.affordable(price, kl_budget, torch.zeros_like(price[:, 0]))
+    return TokenTargets(candidates, torch.where(paid[..., None], log_q, coarse), price * paid)
 
 
 @torch.no_grad()
@@ -89,6 +118,18 @@ def substitution_fidelity(
     predicted = advantage[here, at, new] - advantage[here, at, old]
     actual = sampler.reward.score_ids(prompt_ids, prompt_mask, changed, mask)
     return predicted, actual - sampler.reward.score_ids(prompt_ids, prompt_mask, ids, mask)
+
+
+def _along(
+    field: GradientField, sampler: VGFSampler, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates [R, T, K], log mu [R, T, K + 1] of them and of all others, and their advantages along a field [R, T, K] in
+    units of the reward."""
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
+    log_mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
+    gradient = field.gradients(field.read(prompt_ids, prompt_mask), ids, mask)
+    candidates, coarse = decode.coarse(log_mu, sampler.candidates)
+    return candidates, coarse, field.spread * gain(gradient, log_mu, candidates, sampler.reward.table)
 
 
 def _advantages(

@@ -136,16 +136,18 @@ class VGFConfig(TrainingArguments):
             move while they are drawn, which costs one forward of its model per token and no gradient; `flow_rounds` times
             `num_generations` are drawn (every round after the first `flow_movers`, if that is set), and the best
             `num_generations` stay. `flow_kl_budget` is what one of them may spend; `flow_step_size`, `flow_horizon` and
-            `flow_steps` (but for 0, which draws plain samples) play no part. Needs `particle_source="reference"`, rewards with a
-            gradient, and a target that is fitted to completions: `"sft"`, `"weighted"` or `"dpo"`. Not with `use_vllm`.
+            `flow_steps` (but for 0, which draws plain samples) play no part. `"tilt"` and `"advantage"` take their dense targets
+            from it too (docs/trainer.md). Needs rewards with a gradient, and particles that move to be the reference's. Not with
+            `use_vllm`.
 
         > Target
 
         target (`str`, *optional*, defaults to `"sft"`):
             What the policy is fitted to (formulas in docs/trainer.md): `"sft"`, the likelihood of the best k particles;
             `"weighted"`, the same weighted by a softmax of their rewards; `"tilt"`, dense token targets from the gradient of
-            the reward along the best k; `"dpo"`, the transported best against the initial worst; `"advantage"`, the policy
-            gradient of the reward with the dense targets as its control variate, on samples of the policy as they were drawn.
+            the reward along the best k, or what every particle was drawn from along a `flow_field`; `"dpo"`, the transported
+            best against the initial worst; `"advantage"`, the policy gradient of the reward with the dense targets as its
+            control variate, on samples of the policy as they were drawn.
         best_k (`int`, *optional*):
             How many particles per prompt, best first, the policy is fitted to. Default: 1 with `"sft"`, all N with
             `"weighted"` and `"tilt"`. With `"dpo"` it is 1, with `"advantage"` N.
@@ -411,11 +413,17 @@ class VGFConfig(TrainingArguments):
                 f"flow_movers ({self.flow_movers}) must be between 1 and num_generations ({self.num_generations}), the "
                 "particles of a prompt; None moves all of them"
             )
-        if self.flow_field is not None and (self.particle_source != "reference" or self.target in ("tilt", "advantage")):
+        if self.flow_field is not None and self.particle_source != "reference" and not self.budget.is_zero:
             raise ValueError(
-                "flow_field moves particles of the reference and gives no dense targets, but "
-                f"particle_source={self.particle_source!r} and target={self.target!r}: use particle_source='reference' and "
-                "target 'sft', 'weighted' or 'dpo'"
+                "flow_field is fitted to the reference and moves particles of it alone, but particle_source="
+                f"{self.particle_source!r}: use particle_source='reference', or move nothing (flow_steps=0)"
+            )
+        drawn_from = self.flow_field is not None and self.target == "tilt" and not self.budget.is_zero
+        if drawn_from and (self.best_k != self.num_generations or self.flow_rounds != 1):
+            raise ValueError(
+                "target='tilt' with flow_field is fitted to what particles are drawn from, so to all of them as they were "
+                f"drawn: best_k ({self.best_k}) must be num_generations ({self.num_generations}), and flow_rounds "
+                f"({self.flow_rounds}) 1"
             )
         if self.flow_field is not None and self.use_vllm:
             raise ValueError(

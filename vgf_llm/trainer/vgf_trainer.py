@@ -22,6 +22,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -479,7 +480,7 @@ class VGFTrainer(Trainer):
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
             # Once between two logs: it costs as much as a flow step.
-            followed = follows and (not budget.is_zero or self.args.target in ("tilt", "advantage")) and not self._drawn_moved
+            followed = follows and self._field is None and (not budget.is_zero or self.args.target in ("tilt", "advantage"))
             if not pull and followed and "flow/fidelity" not in metrics:
                 self._measure_fidelity(sampler, prompt_ids, output, places[0])
             size = self.args.prompts_per_micro_batch
@@ -569,11 +570,17 @@ class VGFTrainer(Trainer):
         if kind == "advantage":
             advantages = leave_one_out(rewards) / (self.args.target_temperature * spread(rewards)[:, None])
             batch["advantages"] = advantages.gather(1, chosen).flatten().to(self.args.device)
-        if kind in ("tilt", "advantage"):
-            alpha = self.args.target_temperature * spread(rewards).repeat_interleave(k)
+        if kind == "tilt" and self._drawn_moved:
+            # The targets hold in the mean over all particles; what selection adds to them is said by the particles alone.
+            _, selected = target_weights(rewards, k, self.args.target_temperature)
+            batch["selection"] = (k * selected - 1).flatten().to(self.args.device)
+            batch |= self._token_targets(batch, partial(tilt.field_targets, sampler, kl_budget=self.args.flow_kl_budget))
+        elif kind in ("tilt", "advantage"):
+            alpha = self.args.target_temperature * spread(rewards).repeat_interleave(k).to(self.args.device)
             if pull or not (ready or self.rewards.differentiable):  # nothing to follow: the target is the base distribution
                 alpha = torch.full_like(alpha, torch.inf)
-            batch |= self._token_targets(sampler, batch, alpha)
+            make = partial(tilt.token_targets, sampler, kl_cap=self.args.tilt_kl_cap, field=self._field)
+            batch |= self._token_targets(batch, make, alpha=alpha)
         picked = torch.stack([pool.rewards[part].gather(1, chosen[:, i : i + 1])[:, 0] for i, pool in enumerate(pools)], 1).to(
             self.args.device
         )
@@ -634,23 +641,18 @@ class VGFTrainer(Trainer):
         with self.accelerator.autocast():  # in the precision of the policy's own forward, to which it is compared
             return torch.cat([self._logprobs(self._log_pi(sampler.model, portion), portion) for portion in portions])
 
-    def _token_targets(self, sampler: VGFSampler, batch: dict[str, Any], alpha: Tensor) -> dict[str, Tensor]:
-        """Dense targets at the completions of a batch, in portions of `flow_batch_size` rows; alpha [R]."""
-        prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"].bool()
-        ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    def _token_targets(
+        self, batch: dict[str, Any], make: Callable[..., tilt.TokenTargets], **settings: Tensor
+    ) -> dict[str, Tensor]:
+        """Dense targets at the completions of a batch: what `make` says of them and of the settings [R] of each, in portions of
+        `flow_batch_size` rows."""
+        given = {
+            "prompt_ids": batch["prompt_ids"], "prompt_mask": batch["prompt_mask"].bool(),
+            "ids": batch["completion_ids"], "mask": batch["completion_mask"].bool(), **settings,
+        }  # fmt: skip
         size = self.args.flow_batch_size
-        pieces = [
-            tilt.token_targets(
-                sampler,
-                prompt_ids[i : i + size],
-                prompt_mask[i : i + size],
-                ids[i : i + size],
-                mask[i : i + size],
-                alpha[i : i + size].to(self.args.device),
-                self.args.tilt_kl_cap,
-            )
-            for i in range(0, len(alpha), size)
-        ]
+        portions = [slice(start, start + size) for start in range(0, len(given["ids"]), size)]
+        pieces = [make(**{name: values[rows] for name, values in given.items()}) for rows in portions]
         return {
             "target_ids": torch.cat([piece.ids for piece in pieces]),
             "target_log_q": torch.cat([piece.log_q for piece in pieces]),
@@ -807,8 +809,10 @@ class VGFTrainer(Trainer):
         if batch["kind"] in ("tilt", "advantage"):
             targets = tilt.TokenTargets(batch["target_ids"], batch["target_log_q"], batch["target_kl"])
             loss = tilt_loss(log_pi, targets, batch["completion_mask"], batch["weights"])
-            if batch["kind"] == "tilt":
+            if batch["kind"] == "tilt" and "selection" not in batch:
                 return loss
+            if batch["kind"] == "tilt":
+                return loss + likelihood_loss(logprobs, batch["weights"] * batch["selection"])
             return loss + residual_loss(
                 log_pi, batch["completion_ids"], targets, batch["completion_mask"], batch["advantages"], batch["weights"]
             )
