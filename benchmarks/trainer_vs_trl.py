@@ -19,10 +19,10 @@ by the *proxy* reward where the run crosses each KL of `KLS`, or at its end if i
 Goals: the highest gold at every KL in `KLS`, RLOO's gold at KL 2 in a quarter of its time, and a step at most 1.25 times as long
 as RLOO's. The report says which hold.
 
-Methods: VGFTrainer with each target, particles of the reference and of the policy; `sft` on particles of the reference that are
-drawn along a learned gradient; best-of-n distillation from both (VGFTrainer with flow_steps=0); RLOO and GRPO; DPO on the best
-and the worst of 8 samples of the base model, drawn within its time. The gradient is fitted once per task, to prompts that are not
-held out: its seconds are stated below the table, and are in no time of it.
+Methods: VGFTrainer with each target along a learned gradient, particles of the reference but for `advantage`, which takes those
+of the policy; `sft` along the reward's own gradient; best-of-n distillation from reference and policy (VGFTrainer with
+flow_steps=0); RLOO and GRPO; DPO on the best and the worst of 8 samples of the base model, drawn within its time. The learned
+gradient is fitted once per task, to prompts that are not held out: its seconds are stated below the table and are in no time.
 
 Every run is a file under `--runs` and is not repeated: a cut benchmark goes on where it was. Delete the folder after a change
 of what is measured. Writes benchmarks/results/trainer_vs_trl.json, its table beside it, and docs/img/trainer_vs_trl.png.
@@ -69,7 +69,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KLS = (1.0, 2.0, 4.0)
 PROMPTS_PER_STEP, GENERATIONS = 8, 8
 # Optimizer steps after which a student is measured.
-SCHEDULE = (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48)
+SCHEDULE = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48)
 KL_END = 5.0
 # 0.975 quantiles of Student's t by the number of seeds.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -89,36 +89,26 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "lora": {"likelihood": (3e-3,), "tilt": (3e-3,), "advantage": (3e-3,), "gradient": (3e-3,), "pairs": (3e-3,)},
 }
-# The budget of the demonstration, but for steps and rounds: a step has to be affordable.
-FLOW = {"flow_steps": 1, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2}
 POLICY = {"particle_source": "policy", "policy_kl_cap": KL_END}
 VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
     "best_of_n_policy": {"flow_steps": 0, **POLICY},
-    "vgf_sft": FLOW,
-    # Along a learned gradient, whose folder `run` is given: 8 particles are drawn in all, and moved while they are.
-    "vgf_sft_field": {"flow_kl_budget": 1.0, "flow_rounds": 1},
-    "vgf_tilt": {"flow_steps": 0, "target": "tilt"},
-    "vgf_sft_policy": {**FLOW, **POLICY},
-    "vgf_weighted_policy": {**FLOW, "target": "weighted", "target_temperature": 0.3, **POLICY},
-    # A dense target says where to go, not only which way: it is fitted four times, and may lie further away.
-    "vgf_tilt_policy": {
-        "flow_steps": 0,
-        "target": "tilt",
-        "num_iterations": 4,
-        "tilt_kl_cap": 0.3,
-        "target_temperature": 0.5,
-        **POLICY,
-    },
-    "vgf_dpo_policy": {**FLOW, "target": "dpo", **POLICY},
+    # Along the gradient of the reward, at a budget that a step can afford.
+    "vgf_sft_gradient": {"flow_steps": 1, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2},
+    "vgf_sft": {"flow_kl_budget": 2.0},
+    "vgf_weighted": {"flow_kl_budget": 2.0, "target": "weighted", "target_temperature": 0.5},
+    "vgf_tilt": {"flow_kl_budget": 2.0, "target": "tilt", "target_temperature": 0.5},
+    "vgf_dpo": {"flow_kl_budget": 2.0, "target": "dpo"},
     "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
+# Whose particles or targets follow a learned gradient, the folder of which `run` is given.
+ALONG_FIELD = ("vgf_sft", "vgf_weighted", "vgf_tilt", "vgf_dpo", "vgf_advantage")
 METHODS = (*VGF, "rloo", "grpo", "dpo")
 # Family of every method, and the method that its learning rate is tuned on.
 NAMED = {"tilt": "tilt", "advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
 FAMILY = {method: next((family for name, family in NAMED.items() if name in method), "likelihood") for method in METHODS}
 TUNED_ON = {
-    "likelihood": "best_of_n_policy", "tilt": "vgf_tilt_policy", "advantage": "vgf_advantage", "gradient": "rloo", "pairs": "dpo",
+    "likelihood": "best_of_n_policy", "tilt": "vgf_tilt", "advantage": "vgf_advantage", "gradient": "rloo", "pairs": "dpo",
 }  # fmt: skip
 
 
@@ -336,7 +326,7 @@ class Kept:
     def run(self, job: Job, method: str, adaptation: str, seed: int, rate: float) -> dict[str, Any]:
         path = self.folder / f"{job.name}-{adaptation}-{method}-{seed}-{rate:g}-{self.steps}-{self.held_out}.json"
         if not path.exists():
-            field, seconds = self.field(job) if method.endswith("_field") else (None, None)
+            field, seconds = self.field(job) if method in ALONG_FIELD else (None, None)
             result = run(job, method, adaptation, seed, rate, self.steps, self.held_out, field)
             write_report(path, {**result, "field_seconds": seconds} if field else result)
             first, last = result["points"][0], result["points"][-1]
@@ -432,6 +422,10 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[f"final_{field}"] = interval([r["points"][-1][field] for r in own])
         row["seconds_per_step"] = interval([r["seconds_per_step"] for r in own])
         paired = [(r, rloo[r["seed"]]) for r in own if r["seed"] in rloo]
+        # On the same prompts with the same noise: what of their difficulty differs between seeds is in neither.
+        for kl in KLS:
+            both = [[at_kl(x["points"], kl, "gold") for x in pair] for pair in paired]
+            row[f"gold_over_rloo_at_kl_{kl:g}"] = interval([None if None in (a, b) else a - b for a, b in both])
         row["step_time_ratio_to_rloo"] = interval([r["seconds_per_step"] / b["seconds_per_step"] for r, b in paired])
         ratios: list[float | None] = []
         for r, b in paired:
@@ -496,21 +490,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     fits = {r["task"]: r["field_seconds"] for r in rows if r["field_seconds"] is not None}
     if fits:
         each = ", ".join(f"{task} {seconds:.0f}" for task, seconds in fits.items())
-        lines += ["", f"Seconds of fitting the field of `vgf_sft_field`, once per task and in no time above: {each}."]
+        lines += ["", f"Seconds of fitting the learned gradient, once per task and in no time above: {each}."]
     return "\n".join(lines) + "\n"
 
 
 STYLE = {
     "best_of_n": ("#999999", "-"),
     "best_of_n_policy": ("#999999", "--"),
+    "vgf_sft_gradient": ("#8C2D04", ":"),
     "vgf_sft": ("#D55E00", "-"),
-    "vgf_sft_field": ("#8C2D04", "-."),
-    "vgf_sft_policy": ("#D55E00", "--"),
-    "vgf_weighted_policy": ("#E69F00", "--"),
+    "vgf_weighted": ("#E69F00", "-"),
     "vgf_tilt": ("#009E73", "-"),
-    "vgf_tilt_policy": ("#009E73", "--"),
-    "vgf_dpo_policy": ("#CC79A7", "--"),
-    "vgf_advantage": ("#7F00FF", "-"),
+    "vgf_dpo": ("#CC79A7", "-"),
+    "vgf_advantage": ("#7F00FF", "--"),
     "rloo": ("#0072B2", "-"),
     "grpo": ("#56B4E9", "-"),
     "dpo": ("#222222", ":"),

@@ -109,7 +109,7 @@ def test_a_field_is_fitted_once_a_task_and_its_seconds_are_stated_apart(tmp_path
 
     job = benchmark.Job("t", None, saved["lm"], [saved["reward"]], None, train, None, 6, 0)
     for seed in (0, 1):  # a second process goes on where the first one was
-        benchmark.Kept(tmp_path, 8, 4, lambda line: None).run(job, "vgf_sft_field", "full", seed, 1e-3)
+        benchmark.Kept(tmp_path, 8, 4, lambda line: None).run(job, "vgf_sft", "full", seed, 1e-3)
     assert len(fits) == 1 and asked == [(benchmark.FIELD_PROMPTS, benchmark.FIELD_SEED)]
     assert given == [tmp_path / "field-t-1000"] * 2 and (given[0] / "field.safetensors").exists()
     runs = benchmark.Kept(tmp_path, 8, 4, lambda line: None).all()
