@@ -15,6 +15,7 @@ from tests.text.test_sampler import BUDGET, EOS, LENGTH, PROMPTS, TOKENIZER, VOC
 from vgf_llm.evaluation.controls import flip, random_direction
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
+from vgf_llm.text import field as field_module
 from vgf_llm.text.field import HEADS, GradientField, first_layers, fit_field, gain
 from vgf_llm.text.prefix import left_pad
 
@@ -240,6 +241,69 @@ def test_fitting_again_gives_the_same_field_and_leaves_sampler_and_random_state_
     assert all(torch.equal(a, b) for a, b in zip(COUNT.reward.parameters(), weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), FIELD.parameters(), strict=True))
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_prompt_that_comes_again_has_other_completions(monkeypatch):
+    seen = []
+    sampler = build(reward="count")
+
+    def watched(*arguments, **settings):
+        seen.append(VGFSampler.sample(sampler, *arguments, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(sampler, "sample", watched)
+    fit_field(sampler, PROMPTS[:1] * 3, num_samples=8, max_completion_length=LENGTH)
+    first, second, third = seen[0].initial.completion_ids
+    assert first != second and second != third and first != third
+
+
+def test_agreement_is_correlation_and_least_squares_within_prompts():
+    generator = torch.Generator().manual_seed(0)
+    said = torch.randn(5, 40, generator=generator)
+    noise = torch.randn(5, 40, generator=generator)
+    # What differs between prompts is no merit of a direction.
+    rewards = 0.3 * said + 0.1 * noise + 10 * torch.arange(5)[:, None]
+    correlation, factor = field_module._agreement(said, rewards)
+    flat = [(x - x.mean(1, keepdim=True)).flatten().double() for x in (said, rewards)]
+    assert correlation == pytest.approx(float(torch.corrcoef(torch.stack(flat))[0, 1]))
+    assert factor == pytest.approx(float(torch.linalg.lstsq(flat[0][:, None], flat[1][:, None]).solution))
+    assert field_module._agreement(said, -rewards)[1] == 0.0
+    assert field_module._agreement(said, torch.ones(5, 40)) == (0.0, 1.0)
+
+
+def kept_of(monkeypatch, found):
+    """The field of a fit whose checks find these, and its slopes at each of them."""
+    slopes, said = [], field_module._said
+
+    def watched(field, *arguments):
+        slopes.append(field.slope.weight.detach().clone())
+        return said(field, *arguments)
+
+    pairs = iter(found)
+    monkeypatch.setattr(field_module, "_said", watched)
+    monkeypatch.setattr(field_module, "_agreement", lambda *given: next(pairs))
+    return fitted(COUNT, epochs=2, batch_size=64), slopes
+
+
+def test_the_weights_that_agree_best_with_held_out_prompts_are_kept_and_scaled(monkeypatch):
+    found = [(0.1, 9.0), (0.2, 9.0), (0.6, 3.0), (0.5, 9.0), (0.6, 2.0), (0.4, 9.0), (0.3, 9.0), (0.2, 9.0)]
+    field, slopes = kept_of(monkeypatch, found)
+    assert len(slopes) == 8 and not torch.equal(slopes[4], slopes[2])
+    torch.testing.assert_close(field.slope.weight, 2.0 * slopes[4])  # of equal ones the last
+    assert float(field.correlation) == pytest.approx(0.6)
+
+
+def test_a_direction_that_does_not_hold_moves_nothing_and_says_so(monkeypatch, caplog):
+    field, _ = kept_of(monkeypatch, [(-0.1, 0.0)] * 8)
+    assert "learned nothing that holds on held-out prompts" in caplog.text and field.scale(2.0) == 0.0
+    steered = build(reward="count", gradient_field=field).sample(PROMPTS[:2], 3, NATS, LENGTH, 0)
+    assert steered.completion_ids == COUNT.sample(PROMPTS[:2], 3, TransportBudget(steps=0), LENGTH, 0).completion_ids
+
+
+@pytest.mark.parametrize(("prompts", "num_samples"), [(1, 8), (4, 1)])
+def test_too_little_to_hold_anything_out_is_refused(prompts, num_samples):
+    with pytest.raises(ValueError, match=rf"got {prompts} prompts and num_samples={num_samples}"):
+        fit_field(COUNT, PROMPTS[:prompts], num_samples=num_samples, max_completion_length=LENGTH)
 
 
 def test_a_field_is_saved_and_loaded(tmp_path):
