@@ -271,6 +271,8 @@ def run(
                 processing_class=tokenizer, **given,
             )  # fmt: skip
         trainer.train()
+    if probe.points[-1]["kl"] <= KL_END and probe.points[-1]["step"] < schedule[-1]:
+        raise RuntimeError(f"{job.name} {method}: stopped at step {probe.points[-1]['step']} of {steps}; nothing of it is kept")
     # The first steps of a process compile and allocate; they are in the clock of the curves, not in that of a step.
     first, last = probe.points[min(1, len(probe.points) - 1)], probe.points[-1]
     return {

@@ -210,6 +210,7 @@ def test_a_field_is_the_same_again_and_follows_its_seed(saved, prompts, fitted, 
         shutil.rmtree(tmp_path / "empty")
     captured = capsys.readouterr()
     assert captured.out == "" and "gradient field" in captured.err  # the progress bar
+    assert re.search(r"^correlation with rewards of held-out prompts: -?[01]\.\d\d$", captured.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", ["full", "file", "below a file"])
@@ -232,7 +233,7 @@ def test_a_field_overwrites_nothing(saved, prompts, tmp_path, monkeypatch, capsy
     [
         (("--reward-model", "/no/such"), "cannot load /no/such"),
         (("--prompts", "/no/such"), "/no/such: No such file"),
-        (("--num-samples", 0), "num_samples must be at least 1, got 0"),
+        (("--num-samples", 1), "num_samples must be at least 2, got 1"),
         (("--epochs", 0), "epochs must be at least 1"),
         (("--batch-size", 0), "batch_size must be at least 1"),
         (("--max-completion-length", 0), "max_completion_length must be at least 1"),

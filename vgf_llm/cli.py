@@ -154,9 +154,9 @@ def field(
         ValueError: a number out of range, known as early, and those of `load_sampler` and `fit_field`.
         FloatingPointError: the loss is not finite.
     """
-    for name in ("num_samples", "max_completion_length", "epochs", "batch_size"):
-        if options.get(name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1, got {options[name]}")
+    for name, lowest in (("num_samples", 2), ("max_completion_length", 1), ("epochs", 1), ("batch_size", 1)):
+        if options.get(name, lowest) < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {options[name]}")
     if not 0 < options.get("learning_rate", 1.0) < math.inf:
         raise ValueError(f"learning_rate must be positive and finite, got {options['learning_rate']}")
     with _new_folder(output) as folder:
@@ -164,7 +164,10 @@ def field(
         from vgf_llm.text.field import fit_field
 
         sampler = load_sampler(model, reward_models, temperature=temperature, top_k=top_k, top_p=top_p)
-        fit_field(sampler, prompts, progress=True, **options).save_pretrained(folder)
+        fitted = fit_field(sampler, prompts, progress=True, **options)
+        fitted.save_pretrained(folder)
+    # Where the progress bar was.
+    print(f"correlation with rewards of held-out prompts: {float(fitted.correlation):.2f}", file=sys.stderr)
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
