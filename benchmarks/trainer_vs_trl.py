@@ -90,6 +90,9 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "lora": {"likelihood": (3e-3,), "advantage": (3e-3,), "gradient": (3e-3,), "pairs": (3e-3,)},
 }
 POLICY = {"particle_source": "policy", "policy_kl_cap": KL_END}
+# Budgets of `tilt`, whose student comes to rest at a KL that they set: its frontier is where it rests, budget by budget.
+TILT_NATS = (0.5, 1.0, 2.0, 4.0)
+BY_BUDGET = "vgf_tilt by budget"
 VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
     "best_of_n_policy": {"flow_steps": 0, **POLICY},
@@ -97,12 +100,12 @@ VGF: dict[str, dict[str, Any]] = {
     "vgf_sft_gradient": {"flow_steps": 1, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2},
     "vgf_sft": {"flow_kl_budget": 2.0},
     "vgf_weighted": {"flow_kl_budget": 2.0, "target": "weighted", "target_temperature": 0.5},
-    "vgf_tilt": {"flow_kl_budget": 2.0, "target": "tilt", "target_temperature": 0.5},
+    **{f"vgf_tilt_{nats:g}": {"flow_kl_budget": nats, "target": "tilt", "target_temperature": 0.5} for nats in TILT_NATS},
     "vgf_dpo": {"flow_kl_budget": 2.0, "target": "dpo"},
     "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
 # Whose particles or targets follow a learned gradient, the folder of which `run` is given.
-ALONG_FIELD = ("vgf_sft", "vgf_weighted", "vgf_tilt", "vgf_dpo", "vgf_advantage")
+ALONG_FIELD = ("vgf_sft", "vgf_weighted", *(f"vgf_tilt_{nats:g}" for nats in TILT_NATS), "vgf_dpo", "vgf_advantage")
 METHODS = (*VGF, "rloo", "grpo", "dpo")
 # Family of every method, and the method that its learning rate is tuned on.
 NAMED = {"advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
@@ -405,29 +408,51 @@ def interval(values: list[float | None]) -> dict[str, Any]:
     return {"mean": statistics.fmean(there) if there else None, "half_width": half, "seeds": len(there)}
 
 
+def by_budget(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of `tilt` of one task and seed as one of the method `BY_BUDGET`, whose points are the base model and where the
+    students of the budgets have come to at the end. Only where all of them are there."""
+    merged = []
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in runs:
+        if r["method"].startswith("vgf_tilt_"):
+            groups.setdefault((r["task"], r["adaptation"], r["seed"]), []).append(r)
+    for group in groups.values():
+        if len(group) == len(TILT_NATS):
+            ends = sorted((r["points"][-1] for r in group), key=lambda point: point["kl"])
+            merged.append({**group[0], "method": BY_BUDGET, "points": [group[0]["points"][0], *ends]})
+    return merged
+
+
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of each method on each task."""
+    """Means over seeds of each method on each task, and of `tilt` by its budgets."""
     rows = []
+    runs = [*runs, *by_budget(runs)]
     keys = dict.fromkeys((r["task"], r["adaptation"], r["method"]) for r in runs)
     for task, adaptation, method in keys:
         own = [r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, method)]
         rloo = {r["seed"]: r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, "rloo")}
+        timed = [r for r in own if r["method"] != BY_BUDGET]  # several runs side by side have no time of their own
         row: dict[str, Any] = {
             "task": task, "adaptation": adaptation, "method": method, "seeds": len(own), "learning_rate": own[0]["learning_rate"],
             "field_seconds": own[0].get("field_seconds"),
         }  # fmt: skip
         for kl in KLS:
             row[f"gold_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "gold") for r in own])
-            row[f"seconds_to_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "seconds") for r in own])
+            row[f"seconds_to_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "seconds") for r in timed])
             row[f"tokens_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "tokens") for r in own])
         for field in ("gold", "proxy", "kl", "step", "nll_base"):
             row[f"final_{field}"] = interval([r["points"][-1][field] for r in own])
-        row["seconds_per_step"] = interval([r["seconds_per_step"] for r in own])
+        row["seconds_per_step"] = interval([r["seconds_per_step"] for r in timed])
         paired = [(r, rloo[r["seed"]]) for r in own if r["seed"] in rloo]
         # On the same prompts with the same noise: what of their difficulty differs between seeds is in neither.
         for kl in KLS:
             both = [[at_kl(x["points"], kl, "gold") for x in pair] for pair in paired]
             row[f"gold_over_rloo_at_kl_{kl:g}"] = interval([None if None in (a, b) else a - b for a, b in both])
+        ends = [(r["points"][-1], at_kl(b["points"], r["points"][-1]["kl"], "gold")) for r, b in paired]
+        row["final_gold_over_rloo_at_its_kl"] = interval(
+            [None if theirs is None else end["gold"] - theirs for end, theirs in ends]
+        )
+        paired = [(r, b) for r, b in paired if r in timed]
         row["step_time_ratio_to_rloo"] = interval([r["seconds_per_step"] / b["seconds_per_step"] for r, b in paired])
         ratios: list[float | None] = []
         for r, b in paired:
@@ -477,7 +502,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             text += f" ± {value['half_width']:.{digits}f}"
         return text + (f" ({value['seeds']}/{seeds})" if value["seeds"] < seeds else "")
 
-    head = ["task", "weights", "method", "rate", *(f"gold at KL {kl:g}" for kl in KLS), "gold at the end", "KL there", "steps"]
+    head = ["task", "weights", "method", "rate", *(f"gold at KL {kl:g}" for kl in KLS), "gold at the end", "KL there"]
+    head += ["over RLOO's at that KL", "steps"]
     head += ["time of a step / RLOO's", "time to RLOO's gold at KL 2 / RLOO's"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
@@ -485,7 +511,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['task']} | {r['adaptation']} | {r['method']} | {r['learning_rate']:g} | "
             + " | ".join(cell(r[f"gold_at_kl_{kl:g}"], n) for kl in KLS)
-            + f" | {cell(r['final_gold'], n)} | {r['final_kl']['mean']:.1f} | {r['final_step']['mean']:.0f} | "
+            + f" | {cell(r['final_gold'], n)} | {r['final_kl']['mean']:.1f} | {cell(r['final_gold_over_rloo_at_its_kl'], n)} | "
+            + f"{r['final_step']['mean']:.0f} | "
             + " | ".join(cell(r[f], n) for f in ("step_time_ratio_to_rloo", "time_ratio_to_rloo_gold_at_kl_2"))
             + " |"
         )
@@ -502,7 +529,10 @@ STYLE = {
     "vgf_sft_gradient": ("#8C2D04", ":"),
     "vgf_sft": ("#D55E00", "-"),
     "vgf_weighted": ("#E69F00", "-"),
-    "vgf_tilt": ("#009E73", "-"),
+    "vgf_tilt_0.5": ("#66C2A5", ":"),
+    "vgf_tilt_1": ("#66C2A5", "--"),
+    "vgf_tilt_2": ("#009E73", "-"),
+    "vgf_tilt_4": ("#00573F", "-"),
     "vgf_dpo": ("#CC79A7", "-"),
     "vgf_advantage": ("#7F00FF", "--"),
     "rloo": ("#0072B2", "-"),

@@ -57,6 +57,27 @@ def test_goals_are_judged_against_rloo():
     assert alone["step time in RLOO's"] == {"vgf_sft": None}
 
 
+def test_tilt_by_its_budgets_is_where_their_students_rest():
+    """A path that overshoots its rest is not what a budget buys."""
+    rests = {0.5: (1.0, 0.6), 1.0: (1.5, 0.8), 2.0: (2.5, 1.2), 4.0: (4.0, 2.8)}
+    students = [
+        run(f"vgf_tilt_{nats:g}", points((0, 0.0, 0.0, 0.0), (4, 10.0, 2.0, 5.0), (8, 20.0, gold, kl)), 2.0)
+        for nats, (gold, kl) in rests.items()
+    ]
+    rows = {r["method"]: r for r in benchmark.summarise([run("rloo", SLOW, 10.0), *students])}
+    merged = rows[benchmark.BY_BUDGET]
+    assert merged["gold_at_kl_1"]["mean"] == pytest.approx(2.0) and merged["gold_at_kl_2"]["mean"] == pytest.approx(3.25)
+    assert merged["gold_at_kl_4"]["mean"] is None  # no budget gets there
+    # RLOO's gold is 1 at KL 1, 1.5 at KL 2 and 1.9 at KL 2.8.
+    assert merged["gold_over_rloo_at_kl_1"]["mean"] == pytest.approx(1.0)
+    assert rows["vgf_tilt_4"]["final_gold_over_rloo_at_its_kl"]["mean"] == pytest.approx(4.0 - 1.9)
+    assert merged["time_ratio_to_rloo_gold_at_kl_2"]["mean"] is None and merged["seconds_per_step"]["mean"] is None
+    assert benchmark.BY_BUDGET not in {r["method"] for r in benchmark.summarise(students[:3])}
+    (verdict,) = benchmark.goals(list(rows.values()))
+    assert verdict["methods by gold at KL 1"][0] == benchmark.BY_BUDGET
+    assert benchmark.BY_BUDGET in benchmark.markdown(list(rows.values()))
+
+
 def test_seeds_that_do_not_get_there_are_counted():
     rows = benchmark.summarise([run("rloo", SLOW, 1.0), run("rloo", FAST, 3.0, seed=1)])
     assert rows[0]["gold_at_kl_1"] == {"mean": 1.5, "half_width": pytest.approx(12.706 * 0.5), "seeds": 2}
