@@ -47,7 +47,7 @@ from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 from vgf_llm.evaluation.controls import random_direction
 from vgf_llm.evaluation.demo import MAX_COMPLETION, SCALES
 from vgf_llm.evaluation.fidelity import measure_substitutions
-from vgf_llm.evaluation.frontier import POOL_SEED
+from vgf_llm.evaluation.frontier import POOL_SEED, seeds_by_place
 from vgf_llm.evaluation.metrics import (
     bootstrap_ci,
     distinct_n,
@@ -285,7 +285,7 @@ def measure(world: World, variant: Variant, seeds: Sequence[int]) -> dict[str, d
     sampler, result = world.sampler(variant), {}
     prompts = [p for seed in seeds for p in world.prompts(seed)]
     # All in one call, which is faster: a result depends on the prompt and its seed alone.
-    noise = [seed for seed in seeds for _ in world.prompts(seed)]
+    noise = [own for seed in seeds for own in seeds_by_place(seed, world.prompts(seed))]
     begun, judging = time.process_time(), 0.0
     for rounds, outcome in _outcomes(world, sampler, variant, prompts, noise):
         seconds = time.process_time() - begun - judging
@@ -380,7 +380,8 @@ def draw_pool(world: World, seeds: Sequence[int], size: int) -> dict[str, Any]:
     pool: dict[str, Any] = {"proxy": [], "gold": [], "nll_base": [], "ids": [], "seconds": 0.0}
     for seed in seeds:
         prompts, started = world.prompts(seed), time.process_time()
-        drawn = sampler.sample(prompts, size, TransportBudget(steps=0), world.length, seed=POOL_SEED + seed).initial
+        noise = seeds_by_place(POOL_SEED + seed, prompts)
+        drawn = sampler.sample(prompts, size, TransportBudget(steps=0), world.length, seed=noise).initial
         pool["seconds"] += time.process_time() - started
         pool["proxy"] += drawn.rewards.tolist()
         pool["nll_base"] += (-drawn.logprobs).tolist()

@@ -24,7 +24,7 @@ from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler
 from vgf_llm.trainer import VGFConfig, VGFTrainer
 
-from .frontier import Measured, Plan, Row, Task, fitted_field, measure_task, row
+from .frontier import Measured, Plan, Row, Task, fitted_field, measure_task, row, seeds_by_place
 from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
 from .report import markdown_table, print_table, write_atomically, write_report
@@ -218,7 +218,7 @@ def _judge_student(measured: Measured, task: Task, world: World, path: Path, see
     prompts = task.prompts(seed)
     out = (
         VGFSampler(student, _reward(world, task.name), tokenizer, flow_batch_size=512)
-        .sample(prompts, 8, TransportBudget(steps=0), task.max_completion_length, seed=seed)
+        .sample(prompts, 8, TransportBudget(steps=0), task.max_completion_length, seed=seeds_by_place(seed, prompts))
         .initial
     )
     flat = [p for p in prompts for _ in range(8)]

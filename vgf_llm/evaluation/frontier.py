@@ -94,7 +94,7 @@ def measure_vgf(
         started = time.perf_counter()
         out = sampler.sample(
             prompts, num_particles, budget, task.max_completion_length,
-            seed=_seeds(seed, prompts), verify=verify, direction=direction,
+            seed=seeds_by_place(seed, prompts), verify=verify, direction=direction,
         )  # fmt: skip
         m.seconds += time.perf_counter() - started
         _judge(m, task, sampler, judge, prompts, out)
@@ -157,7 +157,7 @@ class Pool:
     seconds: float
 
 
-def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
+def seeds_by_place(seed: int, prompts: Sequence[str]) -> list[int]:
     """By place: of a task with few prompts the same one comes many times, and copies would pass for a larger sample."""
     return [seed * 2**20 + place for place in range(len(prompts))]
 
@@ -172,7 +172,7 @@ def draw_pool(task: Task, sampler: VGFSampler, judge: PreTrainedModel, seeds: Se
         prompts = task.prompts(seed)
         started = time.perf_counter()
         # Noise of its own: where VGF's completions are ranked in the pool, they must not be part of it.
-        noise = _seeds(POOL_SEED + seed, prompts)
+        noise = seeds_by_place(POOL_SEED + seed, prompts)
         out = sampler.sample(prompts, size, TransportBudget(steps=0), task.max_completion_length, seed=noise)
         seconds += time.perf_counter() - started
         drawn = out.initial
