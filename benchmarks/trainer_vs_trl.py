@@ -78,8 +78,8 @@ PILOT = 1_000
 SAMPLES = 4
 # What a field is fitted to: prompts to train on, of a seed that no run has, and samples of each.
 FIELD_PROMPTS, FIELD_SAMPLES, FIELD_SEED = 1_000, 8, 31_000
-# A family with one rate is not tuned here: a likelihood takes that of the demonstration's students, pairs the middle of the others,
-# dense targets the one with which a student of the pilot seed rested at the highest proxy for its KL (of 3e-4, 5e-4 and 1e-3).
+# A family with one rate is not tuned here: a likelihood takes that of the demonstration's students, pairs the middle of the
+# others, dense targets that with which a student of the pilot seed rested at the highest proxy for its KL (of 3e-4, 5e-4, 1e-3).
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {
         "likelihood": (5e-4,),
