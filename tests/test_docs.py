@@ -31,7 +31,7 @@ def folder(saved, tmp_path, monkeypatch):
     shutil.copytree(saved["lm"], tmp_path / "my-sft-model")
     for name in ("my-reward-model", "my-reward-model-0", "my-reward-model-1", "my-gold-model"):
         shutil.copytree(saved["reward"], tmp_path / name)
-    (tmp_path / "prompts.txt").write_text("the food was\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("the food was\nthe staff were\n", encoding="utf-8")
     (tmp_path / "test.jsonl").write_text('{"prompt": "the food was", "chosen": " good"}\n', encoding="utf-8")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the food was"}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)

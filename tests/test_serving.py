@@ -118,7 +118,7 @@ def test_without_a_seed_the_answer_names_the_one_it_took(client):
 
 
 def test_along_a_learned_gradient_too(sampler):
-    field = fit_field(sampler, [PROMPT], num_samples=64, max_completion_length=8, epochs=4, learning_rate=3e-3)
+    field = fit_field(sampler, [PROMPT, "a room"] * 2, num_samples=64, max_completion_length=8, epochs=4, learning_rate=3e-3)
     steered = make_sampler(gradient_field=field)
     with running(steered) as client:
         answers = complete(client, [PROMPT, "a room"], seed=1, extra_body={"kl_budget": 4.0}).choices
