@@ -79,7 +79,7 @@ SAMPLES = 4
 # What a field is fitted to: prompts to train on, of a seed that no run has, and samples of each.
 FIELD_PROMPTS, FIELD_SAMPLES, FIELD_SEED = 1_000, 8, 31_000
 # A family with one rate is not tuned here: a likelihood takes that of the demonstration's students, pairs the middle of the
-# others, dense targets that with which a student of the pilot seed rested at the highest proxy for its KL (of 3e-4, 5e-4, 1e-3).
+# others, dense targets RLOO's, after trials of 3e-4, 5e-4 and 1e-3 in which gold had been seen (docs/trainer.md).
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {
         "likelihood": (5e-4,),
@@ -116,14 +116,7 @@ VGF: dict[str, dict[str, Any]] = {
     "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
 # Whose particles or targets follow a learned gradient, the folder of which `run` is given.
-ALONG_FIELD = (
-    "vgf_sft",
-    "vgf_weighted",
-    *(f"vgf_tilt_{nats:g}" for nats in TILT_NATS),
-    "vgf_fast_tilt",
-    "vgf_dpo",
-    "vgf_advantage",
-)
+ALONG_FIELD = tuple(method for method in VGF if method.startswith("vgf_") and method != "vgf_sft_gradient")
 METHODS = (*VGF, "rloo", "grpo", "dpo")
 # Family of every method, and the method that its learning rate is tuned on.
 NAMED = {"fast": "fast", "tilt": "tilt", "advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
