@@ -56,6 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from vgf_llm.data import reviews
+from vgf_llm.evaluation.frontier import seeds_by_place
 from vgf_llm.evaluation.metrics import judge_nll
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.world import Settings, build_world
@@ -210,8 +211,7 @@ class Probe(TrainerCallback):
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         sampler = VGFSampler(policy, self.reward, self.tokenizer, flow_batch_size=256)
         # Noise of its own: a student is not measured on what it was fitted to.
-        # By place: of tasks with few prompts the same one comes more than once.
-        seeds = [2**50 + self.seed * 2**20 + place for place in range(len(self.prompts))]
+        seeds = seeds_by_place(2**30 + self.seed, self.prompts)
         out = sampler.sample(self.prompts, SAMPLES, TransportBudget(steps=0), self.job.max_completion_length, seed=seeds).initial
         model.train(training)
         flat = [prompt for prompt in self.prompts for _ in range(SAMPLES)]
@@ -318,7 +318,7 @@ def best_and_worst(
 ) -> list[dict[str, str]]:
     """Best and worst of 8 samples of the base model for every prompt."""
     sampler = of_base(job, reward, tokenizer, PROMPTS_PER_STEP * GENERATIONS)
-    seeds = [seed * 2**20 + place for place in range(len(prompts))]
+    seeds = seeds_by_place(seed, prompts)
     out = sampler.sample(prompts, GENERATIONS, TransportBudget(steps=0), job.max_completion_length, seed=seeds).initial
     rows = zip(prompts, out.completions, out.rewards.argmax(1).tolist(), out.rewards.argmin(1).tolist(), strict=True)
     return [{"prompt": p, "chosen": " " + texts[best], "rejected": " " + texts[worst]} for p, texts, best, worst in rows]
