@@ -24,7 +24,7 @@ from vgf_llm.flow import (
     transport,
 )
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
-from vgf_llm.text.tilt import TokenTargets
+from vgf_llm.text.decode import TokenTargets
 from vgf_llm.trainer.targets import dpo_loss, leave_one_out, likelihood_loss, target_weights, tilt_loss
 
 

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.trainer.test_docs import PAGE
 from tests.trainer.test_vgf_trainer import assert_same, logged, losses, mean_reward, weights
 from vgf_llm import TransportBudget, VGFConfig, VGFSampler, VGFTrainer
-from vgf_llm.text import DifferentiableReward
+from vgf_llm.text import DifferentiableReward, decode
 from vgf_llm.text.field import HEADS, GradientField, fit_field
 from vgf_llm.trainer import vgf_trainer
 from vgf_llm.trainer.phases import PhaseOrder
@@ -131,7 +131,7 @@ def test_dpo_pairs_the_best_with_the_worst_of_the_first_round_both_moved(make_tr
 
 @pytest.mark.parametrize("budget", [0.3, 2.0])
 def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, field, budget):
-    """At 0.3 nats the budget of a completion runs out before its end, also where it is read again, all tokens at once."""
+    """Also where the budget of a completion runs out before its end."""
     trainer = make_trainer(target="tilt", flow_field=field, flow_kl_budget=budget, per_device_train_batch_size=16)
     _, batch = first_phase(trainer)
     rows = [trainer.train_dataset[index]["prompt"] for index in range(4)]
@@ -144,6 +144,28 @@ def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, field, b
     assert said.any(-1)[batch["completion_mask"].bool()].all()  # the whole vocabulary are candidates
     log_q = (batch["target_log_q"][..., :-1].masked_fill(~said, 0.0).sum(-1) * batch["completion_mask"]).sum(1)
     torch.testing.assert_close(log_q - batch["base_logprobs"], out.log_ratio.gather(1, order).flatten(), atol=1e-4, rtol=1e-4)
+    # Read again, all tokens at once, both models say the same: mu, or what the field makes of it while it can be paid for.
+    sampler, mask = trainer._samplers["reference"], batch["completion_mask"].bool()
+    prompts = batch["prompt_ids"], batch["prompt_mask"].bool()
+    log_mu = decode.read(
+        sampler.model, decode.read_prompts(sampler.model, *prompts), batch["completion_ids"], mask, sampler.base
+    ).log_mu
+    gradient = sampler.field.gradients(sampler.field.read(*prompts), batch["completion_ids"], mask)
+    tilted = decode.tilted(log_mu, sampler.field.scale(budget) * gradient @ sampler.reward.table.T)
+    off = [(batch["target_log_q"][..., :-1] - x.gather(-1, batch["target_ids"])).abs().amax(-1)[mask] for x in (tilted, log_mu)]
+    assert torch.minimum(*off).max() < 1e-4
+    assert (off[0] > 1e-2).any() and (off[1] > 1e-2).any()
+
+
+def test_dense_targets_do_not_depend_on_the_batch(make_trainer, field):
+    sampler = make_trainer(target="tilt", flow_field=field, per_device_train_batch_size=16)._samplers["reference"]
+    prompts, budget = ["the food was", "nice", "poor a"], TransportBudget(kl_budget=1.0)
+    whole = sampler.sample(prompts, 4, budget, 6, dense=True)
+    assert sampler.sample(prompts, 4, budget, 6).drawn_from is None
+    sampler.flow_batch_size = 4  # a prompt at a time
+    for part in (sampler.sample(prompts, 4, budget, 6, dense=True), sampler.sample(prompts[:1], 4, budget, 6, dense=True)):
+        for name, value in vars(part.drawn_from).items():
+            torch.testing.assert_close(value, getattr(whole.drawn_from, name)[: len(value)], atol=1e-5, rtol=1e-4)
 
 
 def test_dense_targets_leave_to_particles_what_selection_adds(make_trainer, field):

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tests import tiny
 from vgf_llm import TransportBudget, VGFSampler
-from vgf_llm.text.tilt import TokenTargets
+from vgf_llm.text.decode import TokenTargets
 from vgf_llm.trainer.targets import dpo_loss, leave_one_out, likelihood_loss, residual_loss, tilt_loss
 
 

@@ -186,7 +186,8 @@ class Steering:
         read: what a model makes of the tokens, as far as `tilt` needs it.
         prefix: the prompts as it has read them, R rows.
         tilt: rows [A], positions [A, k], what was read before them [A, k, H], and log mu there [A, k, V] -> the tilt there.
-        kl_budget: nats, sum_t KL(q_t || mu_t) of a completion. A token whose tilt would cost more than is left is drawn without.
+        kl_budget: nats, sum_t KL(q_t || mu_t) of a completion. A token whose tilt would cost more than is left is drawn without,
+            and what is left stays for those that follow.
     """
 
     read: Forward
@@ -195,16 +196,19 @@ class Steering:
     kl_budget: float
 
 
-def affordable(price: Tensor, kl_budget: float, spent: Tensor) -> Tensor:
-    """Which tokens of the prices [R, T], one after the other, a budget pays for of which `spent` [R] is gone: [R, T].
+@dataclass(frozen=True)
+class TokenTargets:
+    """Targets at every position of R completions, over K candidate tokens and the rest of the vocabulary as one event.
 
-    A token too dear is drawn without a tilt, and what is left stays for those that follow.
+    Attributes:
+        ids: [R, T, K] candidates, the base model's own likeliest tokens.
+        log_q: [R, T, K + 1] log target; the last entry is the mass of all other tokens together.
+        kl: [R, T] KL(q_t || mu_t) in nats, over the same K + 1 events; 0 outside the completion.
     """
-    paid = []
-    for cost in price.unbind(1):
-        paid.append(spent + cost <= kl_budget)
-        spent = spent + torch.where(paid[-1], cost, 0.0)
-    return torch.stack(paid, 1)
+
+    ids: Tensor
+    log_q: Tensor
+    kl: Tensor
 
 
 @torch.no_grad()
@@ -218,9 +222,11 @@ def sample(
     eos_ids: Tensor,
     pad_id: int,
     steering: Steering | None = None,
+    drawn_from: TokenTargets | None = None,
 ) -> Decoded:
     """Ancestral samples [R, T] by Gumbel-max, one for each row of the prompts, keys [R]: from mu, or under `steering` from
-    q_t = mu_t exp(tilt) / Z_t at every token, with the same noise."""
+    q_t = mu_t exp(tilt) / Z_t at every token, with the same noise. `drawn_from`, room for R completions of `max_new_tokens`, is
+    then filled with these q_t."""
     rows = keys.shape[0]
     spent = torch.zeros(rows, device=keys.device)
 
@@ -232,10 +238,14 @@ def sample(
             return tokens, log_mu.gather(-1, tokens[..., None])
         tilt = steering.tilt(active, positions, read[..., width:], log_mu)
         price, shift = _price(log_mu, tilt.ids, tilt.values)
-        paid = affordable(price, steering.kl_budget, spent[active])
+        paid = spent[active][:, None] + price <= steering.kl_budget
         values = torch.where(paid[..., None], tilt.values, 0.0)
         price, shift = torch.where(paid, price, 0.0), torch.where(paid, shift, 0.0)
         spent[active] += price[:, 0]
+        if drawn_from is not None:
+            at = (active[:, None], positions)
+            drawn_from.ids[at], drawn_from.kl[at] = tilt.ids, price
+            drawn_from.log_q[at] = tilted(with_rest(log_mu, tilt.ids), torch.nn.functional.pad(values, (0, 1)))
         tokens = (log_mu + noise).scatter_add(-1, tilt.ids, values).argmax(-1)
         ratio = (values * (tilt.ids == tokens[..., None])).sum(-1) - shift
         return tokens, torch.stack([log_mu.gather(-1, tokens[..., None])[..., 0], price, ratio], -1)

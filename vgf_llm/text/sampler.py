@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Pre
 from vgf_llm.flow import Trace, TransportBudget, best_of_n, transport
 
 from . import decode
-from .decode import BaseDistribution, Decoded
+from .decode import BaseDistribution, Decoded, TokenTargets
 from .loading import load_whole
 from .prefix import Prefix, left_pad
 from .proxy import GradientAt, evaluation_points, token_advantages
@@ -72,6 +72,9 @@ class VGFOutput:
             rounds of its own, nor along a gradient field, where a particle moves token by token.
         generations: [B] base-model completions decoded per prompt: tokens decoded one by one, as multiples of the mean length
             of the prompt's initial particles.
+        drawn_from: q_t that every token of the initial particles was drawn from, B * N rows of `max_completion_length` positions,
+            if it was to be kept and a gradient field moved them; else None. A completion says one token of q_t; the whole of it
+            takes away the noise of the draw, and what is fitted to it is fitted to q: E_q sum_t KL(q_t || pi_t) = KL(q || pi).
     """
 
     completions: list[str]
@@ -82,6 +85,7 @@ class VGFOutput:
     selected: Tensor
     trace: list[Trace]
     generations: Tensor
+    drawn_from: TokenTargets | None
 
 
 @dataclass
@@ -98,11 +102,12 @@ class _Chunk:
     keys: Tensor  # [R]
     index: Tensor  # [R] of the prompt in the call
     prefix: Prefix  # R rows, of the base model
-    reward_prefix: Prefix  # R rows
     field_prefix: Prefix | None  # R rows
     state: Decoded  # the particles as they stand
+    drawn_from: TokenTargets | None  # the particles as they were drawn
     generations: Tensor  # [B] completions decoded so far
     mean_length: Tensor  # [B] of the initial particles
+    reward_prefix: Prefix | None = None  # R rows, once the reward has read them
     rewards: Tensor = field(init=False)  # [B, n] of the particles
     weight: Tensor = field(init=False)  # [B] what a nat of likelihood is worth
 
@@ -230,6 +235,7 @@ class VGFSampler:
         verify: bool = True,
         direction: Direction | None = None,
         scorer: Scorer | None = None,
+        dense: bool = False,
         progress: bool = False,
     ) -> VGFOutput:
         """Sample, transport, verify and select.
@@ -249,6 +255,7 @@ class VGFSampler:
                 selection. False gives the raw population the flow made, for controls and diagnostics.
             direction: replaces the gradient in a control experiment (`vgf_llm.evaluation.controls`).
             scorer: the reward that verifies and selects, where it is another than the one whose gradient the flow follows.
+            dense: keep what every token was drawn from, and not the token alone (`VGFOutput.drawn_from`).
             progress: show a progress bar over chunks of prompts.
 
         Raises:
@@ -277,6 +284,7 @@ class VGFSampler:
                 verify,
                 direction,
                 scorer,
+                dense,
                 chunk.start,
             )
             for chunk in tqdm(chunks, desc="prompts", disable=not progress)
@@ -295,13 +303,15 @@ class VGFSampler:
         verify: bool,
         direction: Direction | None,
         scorer: Scorer | None,
+        dense: bool,
         start: int,
     ) -> VGFOutput:
         """One chunk of B prompts, on R = B * N rows. `start`: index of its first prompt in the call."""
         # Under a field particles move while they are drawn; given ones, and those a race compares with, are the base model's.
         steered = self.field is not None and not budget.is_zero
         at_once = steered and initial is None and budget.generations is None
-        chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start, budget if at_once else None, direction)
+        moves = budget if at_once else None
+        chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start, moves, direction, dense and at_once)
         drawn, rewards = chunk.state, chunk.rewards
         traces: list[Trace] = []
         rounds = 0 if budget.is_zero else budget.rounds
@@ -345,6 +355,7 @@ class VGFSampler:
             selected=selected,
             trace=traces,
             generations=chunk.generations,
+            drawn_from=chunk.drawn_from,
         )
 
     def _draw_chunk(
@@ -358,24 +369,33 @@ class VGFSampler:
         start: int,
         budget: TransportBudget | None,
         direction: Direction | None,
+        dense: bool,
     ) -> _Chunk:
         """Read the prompts and draw their particles, moved within a budget if there is one, or take those given."""
         device = self.model.device
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        prefix, reward_prefix = decode.read_prompts(self.model, ids, mask).deal(every), self.reward.read(ids, mask).deal(every)
+        prefix = decode.read_prompts(self.model, ids, mask).deal(every)
         field_prefix = None if self.field is None else self.field.read(ids, mask).deal(every)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
+        drawn_from = None
+        if dense:
+            k = min(self.candidates, len(self.processing_class))
+            # Beyond the end of a completion, too, candidates are distinct and numbers finite.
+            log_q = torch.zeros(len(every), length, k + 1, device=device)
+            drawn_from = TokenTargets(
+                torch.arange(k, device=device).repeat(*log_q.shape[:2], 1), log_q, log_q.new_zeros(log_q.shape[:2])
+            )
         if initial is None:
             drawn = decode.sample(
                 self.model, prefix, keys, base=self.base, max_new_tokens=length, eos_ids=self.eos_ids, pad_id=self._pad,
-                steering=self._steering(field_prefix, keys, budget, direction),
+                steering=self._steering(field_prefix, keys, budget, direction), drawn_from=drawn_from,
             )  # fmt: skip
         else:
             drawn = self._read_initial(initial, prefix, length, start)
         chunk = _Chunk(
-            prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, reward_prefix, field_prefix,
-            drawn, torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
+            prompts, seeds, n, length, scorer, ids[every], mask[every], keys, start + every, prefix, field_prefix, drawn,
+            drawn_from, torch.full((len(prompts),), float(n), device=device), drawn.mask.sum(1).view(-1, n).float().mean(1),
         )  # fmt: skip
         chunk.rewards = self._score(chunk, torch.arange(len(every), device=device), drawn).view(-1, n)
         # Biased, so that a single particle has a spread of 0 and is judged by its reward alone.
@@ -524,7 +544,7 @@ class VGFSampler:
         length = int(state.mask.sum(1).max())
         ids, mask = state.ids[:, :length], state.mask[:, :length]
         tables = decode.read(self.model, chunk.prefix.deal(rows), ids, mask, self.base)
-        prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], chunk.reward_prefix.deal(rows)
+        prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], self._reward_prefix(chunk).deal(rows)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
         mixture = tables.log_mu.exp() @ table
@@ -549,6 +569,13 @@ class VGFSampler:
             base=self.base, eos_ids=self.eos_ids, pad_id=self._pad, horizon=self.horizon,
         )  # fmt: skip
         return moved, flowed.trace
+
+    def _reward_prefix(self, chunk: _Chunk) -> Prefix:
+        """Read when it is first asked for: particles that move while they are drawn, under a scorer, never need it."""
+        if chunk.reward_prefix is None:
+            every = torch.arange(len(chunk.prompts), device=chunk.keys.device).repeat_interleave(chunk.n)
+            chunk.reward_prefix = self.reward.read(chunk.prompt_ids[:: chunk.n], chunk.prompt_mask[:: chunk.n]).deal(every)
+        return chunk.reward_prefix
 
     @property
     def _pad(self) -> int:
@@ -596,7 +623,7 @@ class VGFSampler:
         ids, mask = decoded.ids[:, :length], decoded.mask[:, :length]
         prompt_ids, prompt_mask = chunk.prompt_ids[rows], chunk.prompt_mask[rows]
         if chunk.scorer is None:
-            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask, chunk.reward_prefix.deal(rows))
+            rewards = self.reward.score_ids(prompt_ids, prompt_mask, ids, mask, self._reward_prefix(chunk).deal(rows))
         else:
             rewards = chunk.scorer(chunk.index[rows], prompt_ids, prompt_mask, ids, mask)
         if not rewards.isfinite().all():
@@ -641,6 +668,7 @@ def _join(parts: list[VGFOutput]) -> VGFOutput:
             *(torch.cat([getattr(t, f.name) for t in several], 1) for f in fields(Trace)),
         )
 
+    kept = [p.drawn_from for p in parts if p.drawn_from is not None]
     return VGFOutput(
         completions=[c for p in parts for c in p.completions],
         completion_ids=[c for p in parts for c in p.completion_ids],
@@ -650,6 +678,7 @@ def _join(parts: list[VGFOutput]) -> VGFOutput:
         selected=torch.cat([p.selected for p in parts]),
         trace=[trace(rounds) for rounds in zip(*(p.trace for p in parts), strict=True)],
         generations=torch.cat([p.generations for p in parts]),
+        drawn_from=TokenTargets(*(torch.cat([getattr(t, f.name) for t in kept]) for f in fields(TokenTargets))) if kept else None,
     )
 
 

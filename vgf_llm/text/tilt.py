@@ -6,35 +6,20 @@ with g the gradient of the reward at the completion's embeddings, E the embeddin
 token spends its cap, KL(q_t || mu_t) = kl_cap. It is the closed-form maximum of E_q A_t - alpha KL(q || mu_t) wherever the cap is
 slack.
 
-Along a learned gradient (text/field.py) q_t is what a particle was drawn from, and nothing is left to choose: `field_targets`.
+Where a particle was drawn along a learned gradient (text/field.py), q_t is what it was drawn from, and nothing is left to choose:
+`VGFOutput.drawn_from`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import decode
+from .decode import TokenTargets
 from .field import GradientField, gain
 from .proxy import evaluation_points, token_advantages
 from .sampler import VGFSampler
-
-
-@dataclass(frozen=True)
-class TokenTargets:
-    """Targets at every position of R completions, over K candidate tokens and the rest of the vocabulary as one event.
-
-    Attributes:
-        ids: [R, T, K] candidates, the base model's own likeliest tokens.
-        log_q: [R, T, K + 1] log target; the last entry is the mass of all other tokens together.
-        kl: [R, T] KL(q_t || mu_t) in nats, over the same K + 1 events; 0 outside the completion.
-    """
-
-    ids: Tensor
-    log_q: Tensor
-    kl: Tensor
 
 
 @torch.no_grad()
@@ -72,25 +57,6 @@ def token_targets(
     cap = decode.solve_scale(*flat, kl_cap).view(moves.shape)
     log_q = decode.tilted(coarse, torch.minimum(cap, 1 / alpha[:, None])[..., None] * advantages)
     return TokenTargets(candidates, log_q, decode.kl(log_q, coarse) * mask)
-
-
-@torch.no_grad()
-def field_targets(
-    sampler: VGFSampler, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, kl_budget: float
-) -> TokenTargets:
-    """What every token of completions [R, T] was drawn from, q_t, given that a sampler drew them along its gradient field within
-    `kl_budget` nats each. Its base model is mu.
-
-    A completion says one token of q_t; the whole of it takes away the noise of the draw, and what is fitted to it is fitted to q
-    itself: E_q sum_t KL(q_t || pi_t) = KL(q || pi).
-    """
-    field = sampler.field
-    assert field is not None
-    candidates, coarse, advantages = _along(field, sampler, prompt_ids, prompt_mask, ids, mask)
-    log_q = decode.tilted(coarse, torch.nn.functional.pad(field.scale(kl_budget) / field.spread * advantages, (0, 1)))
-    price = decode.kl(log_q, coarse) * mask
-    paid = decode.affordable(price, kl_budget, torch.zeros_like(price[:, 0]))
-    return TokenTargets(candidates, torch.where(paid[..., None], log_q, coarse), price * paid)
 
 
 @torch.no_grad()

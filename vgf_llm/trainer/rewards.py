@@ -203,12 +203,15 @@ class Rewards:
 
         def score(index: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             started = time.perf_counter()
-            columns = [
-                cast(DifferentiableReward, term.reward).score_ids(prompt_ids, prompt_mask, ids, mask).tolist()
-                if term.has_gradient
-                else None
-                for term in self.terms
-            ]
+            # A prompt is read once for all of its completions; which of their rows it is read from does not matter.
+            prompts, owner = index.unique(return_inverse=True)
+            some = torch.empty_like(prompts).scatter_(0, owner, torch.arange(len(index), device=index.device))
+
+            def column(reward: DifferentiableReward) -> list[float]:
+                prefix = reward.read(prompt_ids[some], prompt_mask[some]).deal(owner)
+                return cast(list[float], reward.score_ids(prompt_ids, prompt_mask, ids, mask, prefix).tolist())
+
+            columns = [column(cast(DifferentiableReward, term.reward)) if term.has_gradient else None for term in self.terms]
             keys = [(i, tuple(row[m].tolist())) for i, row, m in zip(index.tolist(), ids, mask, strict=True)]
             new = [i for i, key in enumerate(keys) if key not in scores.terms and key not in keys[:i]]
             if self.black_box and new:

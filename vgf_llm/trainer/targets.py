@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_llm.text.tilt import TokenTargets
+from vgf_llm.text.decode import TokenTargets
 
 
 def target_weights(rewards: Tensor, best_k: int, temperature: float | None) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from vgf_llm import __version__
 from vgf_llm.flow import TransportBudget, diagnostics
 from vgf_llm.text import VGFOutput, VGFSampler, tilt
-from vgf_llm.text.decode import row_keys
+from vgf_llm.text.decode import TokenTargets, row_keys
 from vgf_llm.text.field import HEADS, GradientField
 from vgf_llm.text.loading import load_whole
 from vgf_llm.text.sampler import Particles
@@ -475,7 +475,7 @@ class VGFTrainer(Trainer):
             score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
             output = sampler.sample(
                 prompts, n, budget, self.args.max_completion_length, seed=seeds, initial=initial,
-                scorer=_no_reward if pull else score,
+                scorer=_no_reward if pull else score, dense=self.args.target == "tilt",
             )  # fmt: skip
             prompt_ids = sampler.encode(prompts, self.args.max_completion_length)
             sampled = time.perf_counter()
@@ -570,11 +570,17 @@ class VGFTrainer(Trainer):
         if kind == "advantage":
             advantages = leave_one_out(rewards) / (self.args.target_temperature * spread(rewards)[:, None])
             batch["advantages"] = advantages.gather(1, chosen).flatten().to(self.args.device)
-        if kind == "tilt" and self._drawn_moved:
+        if kind == "tilt" and output.drawn_from is not None:
             # The targets hold in the mean over all particles; what selection adds to them is said by the particles alone.
             _, selected = target_weights(rewards, k, self.args.target_temperature)
             batch["selection"] = (k * selected - 1).flatten().to(self.args.device)
-            batch |= self._token_targets(batch, partial(tilt.field_targets, sampler, kl_budget=self.args.flow_kl_budget))
+            drawn, T = output.drawn_from, batch["completion_ids"].shape[1]
+            at = torch.tensor(owners) * rewards.shape[1] + chosen.flatten().cpu()
+            batch |= {
+                "target_ids": drawn.ids[at, :T],
+                "target_log_q": drawn.log_q[at, :T],
+                "target_kl": drawn.kl[at, :T],
+            }
         elif kind in ("tilt", "advantage"):
             alpha = self.args.target_temperature * spread(rewards).repeat_interleave(k).to(self.args.device)
             if pull or not (ready or self.rewards.differentiable):  # nothing to follow: the target is the base distribution
@@ -641,9 +647,7 @@ class VGFTrainer(Trainer):
         with self.accelerator.autocast():  # in the precision of the policy's own forward, to which it is compared
             return torch.cat([self._logprobs(self._log_pi(sampler.model, portion), portion) for portion in portions])
 
-    def _token_targets(
-        self, batch: dict[str, Any], make: Callable[..., tilt.TokenTargets], **settings: Tensor
-    ) -> dict[str, Tensor]:
+    def _token_targets(self, batch: dict[str, Any], make: Callable[..., TokenTargets], **settings: Tensor) -> dict[str, Tensor]:
         """Dense targets at the completions of a batch: what `make` says of them and of the settings [R] of each, in portions of
         `flow_batch_size` rows."""
         given = {
@@ -807,7 +811,7 @@ class VGFTrainer(Trainer):
     def _losses(self, log_pi: Tensor, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
         """Loss [R] of every row, or [R / 2] of every pair, before it is divided by the items of the optimizer step."""
         if batch["kind"] in ("tilt", "advantage"):
-            targets = tilt.TokenTargets(batch["target_ids"], batch["target_log_q"], batch["target_kl"])
+            targets = TokenTargets(batch["target_ids"], batch["target_log_q"], batch["target_kl"])
             loss = tilt_loss(log_pi, targets, batch["completion_mask"], batch["weights"])
             if batch["kind"] == "tilt" and "selection" not in batch:
                 return loss
@@ -937,7 +941,9 @@ class VGFTrainer(Trainer):
         with self._sampler("reference") as sampler:
             sampler.reward = self.rewards.guide(ready)
             score, scores = self.rewards.scorer(rows, self.state, sampler.eos_ids)
-            particles = sampler.sample(prompts, self.args.num_generations_eval, budget, length, seed=seed, scorer=score)
+            particles = sampler.sample(
+                prompts, self.args.num_generations_eval, budget, length, seed=seed, scorer=score, dense=self.args.target == "tilt"
+            )
             prompt_ids = sampler.encode(prompts, length)
             fitted = self._collate(sampler, prompt_ids, particles, slice(0, len(prompts)), scores, False, ready, {})
         with self._sampler("policy") as sampler:
