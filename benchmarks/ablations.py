@@ -305,7 +305,8 @@ def _outcomes(
         coupling=variant.coupling,  # type: ignore[arg-type]
     )  # fmt: skip
     if variant.generations:
-        budget = TransportBudget.auto(variant.generations)
+        along = None if sampler.field is None else float(sampler.field.correlation)
+        budget = TransportBudget.auto(variant.generations, along)
     if variant.move == "library":
         direction = random_direction if variant.random else None
         out = sampler.sample(prompts, N, budget, world.length, seed=seeds, verify=variant.verify, direction=direction)

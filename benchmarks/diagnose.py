@@ -14,6 +14,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,7 @@ E2E_HELD_OUT = 96
 
 @dataclass(frozen=True)
 class KnownTask:
-    """A task with its models; `prompts(count, seed)` are held out."""
+    """A task with its models; `prompts(count, seed)` are held out. `field`: of the gradient field fitted to its rewards."""
 
     name: str
     base: Path
@@ -42,6 +43,7 @@ class KnownTask:
     gold: Callable[[str, str], float]
     prompts: Callable[[int, int], list[str]]
     max_completion_length: int
+    field: Callable[[], Path]
 
     def sampler(self, **options: object) -> VGFSampler:
         return load_sampler(str(self.base), self.rewards, flow_batch_size=512, **options)
@@ -77,6 +79,7 @@ def known_tasks(args: argparse.Namespace) -> list[KnownTask]:
                 KnownTask(
                     name, newest(args.models, "base"), rewards, reviews.GOLD[name],
                     lambda count, seed, name=name: reviews.generate_prompts(count, seed, name), 64,
+                    partial(newest, args.models, f"field-{name}-3"),
                 )
             )  # fmt: skip
     if args.e2e_models:
@@ -85,7 +88,7 @@ def known_tasks(args: argparse.Namespace) -> list[KnownTask]:
         tasks.append(
             KnownTask(
                 "e2e", base, rewards, lambda prompt, text: e2e_gold(parse_mr(prompt), text),
-                lambda count, seed: e2e_prompts(args.e2e_data, count, seed), 72,
+                lambda count, seed: e2e_prompts(args.e2e_data, count, seed), 72, partial(newest, args.e2e_models, "field-e2e-3"),
             )
         )  # fmt: skip
     return [task for task in tasks if not args.tasks or task.name in args.tasks]

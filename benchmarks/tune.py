@@ -2,8 +2,9 @@
 
     python -m benchmarks.tune --models outputs/demo/models
 
-Tasks and models are those of benchmarks/diagnose.py. Three sets of 50 prompts, each with noise of its own. The budget is
-chosen on one set and judged on the other two, beside the budget that would have been best there. What was measured is kept in
+Tasks and models are those of benchmarks/diagnose.py, with the gradient fields that are kept beside them. Three sets of 50
+prompts, each with noise of its own. The budget is chosen on one set and judged on the other two, beside what is best there, of
+all budgets and of best-of-n: by the labels of that set, or without any by `TransportBudget.auto`. What was measured is kept in
 `--work`, so that a killed run goes on.
 
 Writes benchmarks/results/tune.json.
@@ -23,13 +24,15 @@ import torch
 from benchmarks.diagnose import add_arguments, known_tasks
 from vgf_llm.evaluation.metrics import paired_bootstrap_ci
 from vgf_llm.evaluation.report import write_atomically, write_report
-from vgf_llm.evaluation.tune import Candidates, choose_budget, measure_budgets
+from vgf_llm.evaluation.tune import AUTOMATIC, Candidates, choose_budget, measure_budgets
 from vgf_llm.flow import TransportBudget
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS, SEEDS = 50, (0, 1, 2)
-BUDGET = TransportBudget(steps=3, step_size=0.5, kl_budget=2.0, rounds=7)
+PROMPTS, SEEDS, N = 50, (0, 1, 2), 8
+# Sixteen completions per prompt: two rounds of eight, drawn along the field.
+BUDGET = TransportBudget(rounds=2)
+KL_BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def judged(folds: list[Candidates], chosen_on: int) -> dict:
@@ -39,26 +42,29 @@ def judged(folds: list[Candidates], chosen_on: int) -> dict:
     # Gold on the other sets: of every candidate, and of best-of-n with as many completions.
     gold = np.concatenate([fold.gold for fold in others], 1)
     best_of_n = np.concatenate([fold.best_of_n for fold in others], 1)
-    index = next(k for k, budget in enumerate(others[0].budgets) if budget == tuned.budget)
-    tried = int(1 + folds[chosen_on].gold[1:].mean(1).argmax())
-    mine = best_of_n[tried] if tuned.is_best_of_n else gold[index]
-    rivals = {f"vgf {b.kl_budget:g}": g for b, g in zip(others[0].budgets[1:], gold[1:], strict=True)}
-    rivals |= {f"best-of-n as {b.kl_budget:g}": g for b, g in zip(others[0].budgets[1:], best_of_n[1:], strict=True)}
-    name, best = max(rivals.items(), key=lambda rival: rival[1].mean())
-    over_low, over_high = paired_bootstrap_ci(mine, best_of_n[tried])
+    names = ["best-of-8", "automatic", *(f"{budget.kl_budget:g} nats" for budget in others[0].budgets[2:])]
+    if tuned.is_best_of_n:
+        name, index = f"best-of-{tuned.num_particles}", folds[chosen_on].equal.index(tuned.num_particles)
+        mine = best_of_n[index]
+    else:
+        index = others[0].budgets.index(tuned.budget)
+        name, mine = names[index], gold[index]
+    rivals = dict(zip(names, gold, strict=True)) | {"best-of-16": best_of_n[AUTOMATIC]}
+    best_name, best = max(rivals.items(), key=lambda rival: rival[1].mean())
+    low, high = paired_bootstrap_ci(mine, best_of_n[index])
     return {
         "seed": chosen_on,
-        "choice": "best_of_n" if tuned.is_best_of_n else "vgf",
-        "kl_budget": None if tuned.is_best_of_n else tuned.budget.kl_budget,
-        "num_particles": tuned.num_particles,
+        "choice": name,
         "table": tuned.rows,
         "gold_elsewhere": float(mine.mean()),
         "best_elsewhere": float(best.mean()),
-        "best_elsewhere_is": name,
+        "best_elsewhere_is": best_name,
         "share_of_best": float(mine.mean() / best.mean()),
-        "over_best_of_n_elsewhere": float((mine - best_of_n[tried]).mean()),
-        "over_best_of_n_elsewhere_low": over_low,
-        "over_best_of_n_elsewhere_high": over_high,
+        "automatic_elsewhere": float(gold[AUTOMATIC].mean()),
+        "automatic_share_of_best": float(gold[AUTOMATIC].mean() / best.mean()),
+        "over_best_of_n_elsewhere": float((mine - best_of_n[index]).mean()),
+        "over_best_of_n_elsewhere_low": low,
+        "over_best_of_n_elsewhere_high": high,
     }
 
 
@@ -70,15 +76,15 @@ def main() -> None:
     started, results = time.perf_counter(), {}
     for task in known_tasks(args):
         name = task.name
-        sampler = task.sampler(horizon=None if name == "tone" else 0, movers=2)
+        sampler = task.sampler(gradient_field=str(task.field()))
         folds = []
         for seed in SEEDS:
             kept = args.work / f"{name}-{seed}.pickle"
             if not kept.is_file():
                 begun = time.process_time()
                 found = measure_budgets(
-                    sampler, task.prompts(PROMPTS, 500 + seed), task.gold, budget=BUDGET,
-                    max_completion_length=task.max_completion_length, seed=seed,
+                    sampler, task.prompts(PROMPTS, 500 + seed), task.gold, num_particles=N, budget=BUDGET,
+                    kl_budgets=KL_BUDGETS, max_completion_length=task.max_completion_length, seed=seed,
                 )  # fmt: skip
                 write_atomically(kept, pickle.dumps(found))
                 print(f"{name}, seed {seed}: {time.process_time() - begun:.0f} s of CPU", flush=True)
@@ -91,8 +97,8 @@ def main() -> None:
         {
             "tasks": results,
             "prompts": PROMPTS,
-            "budget": {"steps": BUDGET.steps, "step_size": BUDGET.step_size, "rounds": BUDGET.rounds, "movers": 2},
-            "num_particles": 8,
+            "budget": {"rounds": BUDGET.rounds, "gradient": "learned", "kl_budgets": KL_BUDGETS},
+            "num_particles": N,
             "seconds": time.perf_counter() - started,
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

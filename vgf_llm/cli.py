@@ -284,6 +284,8 @@ def _run_sample(args: argparse.Namespace) -> None:
             args.model, args.reward_model, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             horizon=None if args.horizon < 0 else args.horizon, movers=args.movers, gradient_field=args.gradient_field,
         )  # fmt: skip
+        if args.auto is not None and sampler.field is not None:
+            options["budget"] = TransportBudget.auto(args.auto, float(sampler.field.correlation))
         if talk:
             _talk(sampler, options, file if args.output else None)
             return

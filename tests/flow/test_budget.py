@@ -111,3 +111,14 @@ def test_the_bound_binds():
     assert (end - start).norm().item() == pytest.approx(budget.displacement_bound(), rel=1e-12)
     assert TransportBudget(steps=5, step_size=0.1, max_displacement=0.2).displacement_bound() == 0.2
     assert TransportBudget(steps=5, step_size=0.1, max_displacement=5.0).displacement_bound() == 0.5
+
+
+def test_an_automatic_budget_along_a_field_spends_by_what_it_is_worth():
+    assert TransportBudget.auto(16, 0.9).kl_budget == pytest.approx(5 * 0.81)
+    assert TransportBudget.auto(16, 0.3).kl_budget == pytest.approx(0.45)
+    # One that points away spends nothing to speak of, and is no budget of zero, which would leave fresh samples undrawn too.
+    away = TransportBudget.auto(16, -0.5)
+    assert away.kl_budget == pytest.approx(0, abs=1e-2) and not away.is_zero
+    for wrong in (1.5, float("nan")):
+        with pytest.raises(ValueError, match="correlation"):
+            TransportBudget.auto(16, wrong)

@@ -190,6 +190,11 @@ def test_a_budget_in_generations_starts_at_the_base_model_and_is_kept():
     assert (output.generations > 8).all() and (output.generations < 16).all()
 
 
+def test_an_automatic_budget_along_a_worthless_field_is_best_of_as_many():
+    output = STEERED.sample(PROMPTS, 4, TransportBudget.auto(12, 0.0), LENGTH, 3)
+    assert (output.generations > 8).all() and (output.transported.kl < 0.01).all()
+
+
 def test_no_gradient_of_the_reward_is_taken(monkeypatch):
     sampler = build(reward="count", gradient_field=FIELD)
 

@@ -319,8 +319,8 @@ class Run:
     direction: Direction | None = None
 
 
-def runs(plan: Plan, whole: bool) -> list[Run]:
-    """What is measured with all members (`whole`) and with one.
+def runs(plan: Plan, whole: bool, correlation: float) -> list[Run]:
+    """What is measured with all members (`whole`) and with one; `correlation` is that of the gradient field.
 
     Raw rows show the population as the flow made it, once: moving the best alone, unverified, would throw away their selection
     and say nothing about the direction.
@@ -329,7 +329,7 @@ def runs(plan: Plan, whole: bool) -> list[Run]:
     if not whole:
         return [Run("vgf", "learned", plan.learned, n), Run("vgf", "own", plan.own, n)]
     raw, raw_own = replace(plan.learned, rounds=1), replace(plan.own, rounds=1)
-    auto = TransportBudget.auto(n * plan.rounds)
+    auto = TransportBudget.auto(n * plan.rounds, correlation)
     return [
         # Budget 0 is the same particles unmoved: what the flow adds is the difference to this row.
         *(Run("vgf", "learned", replace(plan.learned, kl_budget=b, steps=5 if b else 0), n) for b in plan.kl_budgets),
@@ -408,7 +408,7 @@ def measure_task(
             pool = rescored(pool, task, sampler(single), seeds)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
         field = GradientField.from_pretrained(fitted_field(task, sampler(reward), members[:size], plan, work, log))
-        for run in runs(plan, reward is ensemble):
+        for run in runs(plan, reward is ensemble, float(field.correlation)):
             budget = run.budget
             log(
                 f"{task.name}: {run.method}, {run.gradient} gradient, {budget.kl_budget:g} nats"

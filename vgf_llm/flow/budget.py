@@ -58,14 +58,28 @@ class TransportBudget:
     generations: float | None = None
 
     @classmethod
-    def auto(cls, generations: float = 16.0) -> "TransportBudget":
+    def auto(cls, generations: float = 16.0, correlation: float | None = None) -> "TransportBudget":
         """The budget for text that needs no tuning: so many completions per prompt, spent where they pay.
 
-        Along the reward's own gradient gold is nearly flat in the nats of a decode between 2 and 16, and in the number of steps;
-        along a learned one it rises with nats on one task and falls on another (docs/method.md). So these are fixed, at the low
-        end; what differs between rewards and between prompts is whether moves pay at all, and that is found out on the way.
+        Along the reward's own gradient gold is nearly flat in the nats of a decode between 2 and 16, and in the number of steps:
+        these are fixed, at the low end. Along a learned one nats buy as much as it agrees with the reward,
+        `E_q R - E_mu R = correlation sd sqrt(2 KL)` (docs/method.md), so that `E_q R - a KL` is largest at
+        `KL = (correlation sd / a)^2 / 2`: with a = sd / sqrt(10) these are 5 correlation^2 nats. What else differs between
+        rewards and between prompts is whether moves pay at all, and that is found out on the way.
+
+        Args:
+            generations: completions per prompt in all.
+            correlation: `GradientField.correlation` of the field that the sampler follows; None without one.
+
+        Raises:
+            ValueError: correlation is not in [-1, 1].
         """
-        return cls(steps=3, step_size=0.5, kl_budget=2.0, rounds=64, generations=generations)
+        if correlation is None:
+            return cls(steps=3, step_size=0.5, kl_budget=2.0, rounds=64, generations=generations)
+        if not -1 <= correlation <= 1:
+            raise ValueError(f"correlation must lie in [-1, 1], got {correlation!r}")
+        # A field that agrees with nothing moves nothing; a budget of 0 would also leave all but the first N undrawn.
+        return cls(kl_budget=max(5 * max(correlation, 0.0) ** 2, 1e-3), rounds=64, generations=generations)
 
     def __post_init__(self) -> None:
         for name, lowest in (("steps", 0), ("rounds", 1)):
