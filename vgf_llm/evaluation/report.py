@@ -46,7 +46,7 @@ def _whole(key: str) -> Callable[[Row], str | None]:
         value = row.get(key)
         if isinstance(value, (list, tuple)):
             value = len(value)
-        return None if value is None else f"{value:g}"
+        return None if value is None else f"{round(value, 2):g}"  # the nats of an automatic budget are no round number
 
     return cell
 
