@@ -184,6 +184,22 @@ def fitted(saved, tmp_path_factory):
     return folder / "new" / "field"
 
 
+def test_an_automatic_budget_along_a_field_is_that_of_its_correlation(arguments, fitted, capsys, monkeypatch):
+    from vgf_llm import TransportBudget, VGFSampler
+    from vgf_llm.text.field import GradientField
+
+    asked, sample = [], VGFSampler.sample
+
+    def spied(self, *arguments, **options):
+        asked.append(options["budget"])
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(VGFSampler, "sample", spied)
+    records(arguments("--auto", 12, "--gradient-field", fitted), capsys)
+    correlation = float(GradientField.from_pretrained(fitted).correlation)
+    assert asked and set(asked) == {TransportBudget.auto(12, correlation)} and 0 < correlation <= 1
+
+
 def test_a_field_moves_particles_while_they_are_drawn(arguments, fitted, capsys):
     many = ("--prompts", fitted.parents[1] / "prompts.txt", "--num-particles", 2)
     along = (*many, "--gradient-field", fitted, "--kl-budget", 4)
