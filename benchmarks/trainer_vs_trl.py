@@ -6,18 +6,19 @@
     python -m benchmarks.trainer_vs_trl --report                     table and figure of all runs that are there
 
 Every method starts from the same base model and is trained on the same reward (the proxy ensemble) and the same prompts, with 8
-completions per prompt and `PROMPTS_PER_STEP` prompts per optimizer step. Along the way it is measured on fresh samples of
-held-out prompts: gold reward, proxy reward, and KL(student || base) as the mean of log student - log base over these samples. A
-run ends after `--steps`, or where the KL passes `KL_END`.
+completions per prompt and `PROMPTS_PER_STEP` prompts per optimizer step, at a rate that falls to zero over the run, as is
+transformers' and TRL's default. Along the way it is measured on fresh samples of held-out prompts: gold reward, proxy reward, and
+KL(student || base) as the mean of log student - log base over these samples. A run ends after `--steps`, or where the KL passes
+`KL_END`.
+
+How far a student goes is set by its rate, or by its budget. No rate is tuned: what a method attains at a KL is read between
+the ends of all its runs, at each of `RATES` and, for `tilt`, at each of `TILT`; of a method with one run, along that run.
 
 The clock stands still during measurements. It counts seconds of the process's CPU time, so that what else the machine does is
 not measured (with one thread that is the wall-clock of a machine of its own); on a GPU it is the wall-clock.
 
-Learning rates: for every task and family of methods each of `RATES`, where there are several, is tried on a pilot seed and judged
-by the *proxy* reward where the run crosses each KL of `KLS`, or at its end if it does not get there. Gold is not looked at.
-
-Goals: the highest gold at every KL in `KLS`, RLOO's gold at KL 2 in a quarter of its time, and a step at most 1.25 times as long
-as RLOO's. The report says which hold.
+Goals: the highest gold at every KL in `KLS`, RLOO's gold at KL 2 in a quarter of the time that the quickest of RLOO's runs takes,
+and a step at most 1.25 times as long as RLOO's. The report says which hold.
 
 Methods: VGFTrainer with each target along a learned gradient, particles of the reference but for `advantage`, which takes those
 of the policy; `sft` along the reward's own gradient; best-of-n distillation from reference and policy (VGFTrainer with
@@ -70,39 +71,27 @@ ROOT = Path(__file__).resolve().parents[1]
 KLS = (1.0, 2.0, 4.0)
 PROMPTS_PER_STEP, GENERATIONS = 8, 8
 # Optimizer steps after which a student is measured.
-SCHEDULE = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48)
-KL_END = 5.0
+SCHEDULE = (0, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48)
+# Beyond the largest KL that is read: at a high rate a student may come back from there.
+KL_END = 8.0
 # 0.975 quantiles of Student's t by the number of seeds.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-PILOT = 1_000
 # Students' samples per held-out prompt.
 SAMPLES = 4
 # What a field is fitted to: prompts to train on, of a seed that no run has, and samples of each.
 FIELD_PROMPTS, FIELD_SAMPLES, FIELD_SEED = 1_000, 8, 31_000
-# A family with one rate is not tuned here: a likelihood takes that of the demonstration's students, pairs the middle of the
-# others, dense targets RLOO's, after trials of 3e-4, 5e-4 and 1e-3 in which gold had been seen (docs/trainer.md).
+# Peaks. Those of policy gradients are spread so that students end between KL 1 and beyond 4: on content it takes larger ones. A
+# likelihood takes that of the demonstration's students, `tilt` one at which it has come to rest.
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "full": {
-        "likelihood": (5e-4,),
-        "tilt": (3e-4,),
-        "fast": (1e-3,),
-        "advantage": (3e-4, 1e-3),
-        "gradient": (3e-4, 1e-3),
-        "pairs": (5e-4,),
-    },
-    "lora": {
-        "likelihood": (3e-3,),
-        "tilt": (3e-3,),
-        "fast": (3e-3,),
-        "advantage": (3e-3,),
-        "gradient": (3e-3,),
-        "pairs": (3e-3,),
-    },
+    "content": {"likelihood": (5e-4,), "tilt": (1e-3,), "gradient": (3e-4, 6e-4, 1.2e-3), "pairs": (5e-4,)},
+    "tone": {"likelihood": (5e-4,), "tilt": (1e-3,), "gradient": (1e-4, 2e-4, 4e-4), "pairs": (5e-4,)},
+    "e2e": {"likelihood": (5e-4,), "tilt": (3e-4,), "gradient": (1e-4, 2e-4, 4e-4), "pairs": (5e-4,)},
 }
+# Adapters are given that many times the rate of full weights, with which students of a pilot seed ended as far.
+LORA_RATE = {"likelihood": 6.0, "tilt": 10.0, "gradient": 3.0, "pairs": 6.0}
 POLICY = {"particle_source": "policy", "policy_kl_cap": KL_END}
-# Budgets of `tilt`, whose student comes to rest at a KL that they set: its frontier is where it rests, budget by budget.
-TILT_NATS = (0.5, 1.0, 2.0, 4.0)
-BY_BUDGET = "vgf_tilt by budget"
+# Budgets of `tilt`: nats of a draw, and the temperature of what selection adds, which alone is worth a nat at 0.5.
+TILT = {"mild": (0.5, 2.0), "mild_1": (1.0, 2.0), "0.5": (0.5, 0.5), "1": (1.0, 0.5), "2": (2.0, 0.5), "4": (4.0, 0.5)}
 VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
     "best_of_n_policy": {"flow_steps": 0, **POLICY},
@@ -110,19 +99,23 @@ VGF: dict[str, dict[str, Any]] = {
     "vgf_sft_gradient": {"flow_steps": 1, "flow_step_size": 0.5, "flow_movers": 2, "flow_rounds": 2},
     "vgf_sft": {"flow_kl_budget": 2.0},
     "vgf_weighted": {"flow_kl_budget": 2.0, "target": "weighted", "target_temperature": 0.5},
-    **{f"vgf_tilt_{nats:g}": {"flow_kl_budget": nats, "target": "tilt", "target_temperature": 0.5} for nats in TILT_NATS},
-    # For who wants the gold soon, whatever KL is wasted on the way.
-    "vgf_fast_tilt": {"flow_kl_budget": 2.0, "target": "tilt", "target_temperature": 0.5},
+    **{
+        f"vgf_tilt_{name}": {"flow_kl_budget": nats, "target": "tilt", "target_temperature": temperature}
+        for name, (nats, temperature) in TILT.items()
+    },
     "vgf_dpo": {"flow_kl_budget": 2.0, "target": "dpo"},
     "vgf_advantage": {"flow_steps": 0, "target": "advantage", **POLICY},
 }
 # Whose particles or targets follow a learned gradient, the folder of which `run` is given.
 ALONG_FIELD = tuple(method for method in VGF if method.startswith("vgf_") and method != "vgf_sft_gradient")
 METHODS = (*VGF, "rloo", "grpo", "dpo")
-# Family of every method, and the method that its learning rate is tuned on.
-NAMED = {"fast": "fast", "tilt": "tilt", "advantage": "advantage", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
+NAMED = {"tilt": "tilt", "advantage": "gradient", "dpo": "pairs", "rloo": "gradient", "grpo": "gradient"}
 FAMILY = {method: next((family for name, family in NAMED.items() if name in method), "likelihood") for method in METHODS}
-TUNED_ON = {"likelihood": "best_of_n_policy", "advantage": "vgf_advantage", "gradient": "rloo", "pairs": "dpo"}
+
+
+def shown(method: str) -> str:
+    """The name that a method has in the report: the budgets of `tilt` are runs of one method."""
+    return "vgf_tilt" if method.startswith("vgf_tilt_") else method
 
 
 def clock() -> float:
@@ -233,7 +226,7 @@ class Probe(TrainerCallback):
 def shared(out: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
     """Arguments that all trainers are given."""
     return {
-        "output_dir": out, "learning_rate": rate, "max_steps": steps, "seed": seed, "lr_scheduler_type": "constant",
+        "output_dir": out, "learning_rate": rate, "max_steps": steps, "seed": seed, "lr_scheduler_type": "linear",
         "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False,
         "dataloader_pin_memory": False, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
@@ -366,25 +359,15 @@ class Kept:
             self.log(f"{job.name} field fitted in {json.loads((kept / 'seconds.json').read_text()):.0f} s")
         return kept, json.loads((kept / "seconds.json").read_text())
 
-    def tuned_rate(self, job: Job, method: str, adaptation: str) -> float:
-        family = FAMILY[method]
-        rates = RATES[adaptation][family]
-        if len(rates) == 1:
-            return rates[0]
-        tried = [self.run(job, TUNED_ON[family], adaptation, PILOT, rate) for rate in rates]
-        return max(tried, key=tuning_score)["learning_rate"]
-
     def all(self) -> list[dict[str, Any]]:
         files = sorted(self.folder.glob(f"*-{self.steps}-{self.held_out}.json"))
         runs = [json.loads(path.read_text()) for path in files]
         return sorted(runs, key=lambda r: (r["task"], r["adaptation"], METHODS.index(r["method"]), r["seed"], r["learning_rate"]))
 
 
-def tuning_score(result: dict[str, Any]) -> float:
-    """Proxy reward where the run crosses each KL, or at its end."""
-    points = result["points"]
-    crossed = [at_kl(points, kl, "proxy") for kl in KLS]
-    return statistics.fmean(points[-1]["proxy"] if value is None else value for value in crossed)
+def rates(task: str, method: str, adaptation: str) -> list[float]:
+    family = FAMILY[method]
+    return [rate * (LORA_RATE[family] if adaptation == "lora" else 1.0) for rate in RATES[task][family]]
 
 
 # ---- What it comes to -----------------------------------------------------------------------------------------------
@@ -417,57 +400,55 @@ def interval(values: list[float | None]) -> dict[str, Any]:
     return {"mean": statistics.fmean(there) if there else None, "half_width": half, "seeds": len(there)}
 
 
-def by_budget(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of `tilt` of one task and seed as one of the method `BY_BUDGET`, whose points are the base model and where the
-    students of the budgets have come to at the end. Only where all of them are there."""
-    merged = []
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for r in runs:
-        if r["method"].startswith("vgf_tilt_"):
-            groups.setdefault((r["task"], r["adaptation"], r["seed"]), []).append(r)
-    for group in groups.values():
-        if len(group) == len(TILT_NATS):
-            ends = sorted((r["points"][-1] for r in group), key=lambda point: point["kl"])
-            merged.append({**group[0], "method": BY_BUDGET, "points": [group[0]["points"][0], *ends]})
-    return merged
+def frontier(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What a method attains with one seed, by KL: the base model and the ends of its runs; of a single run its whole path."""
+    if len(runs) == 1:
+        return runs[0]["points"]
+    return [runs[0]["points"][0], *sorted((r["points"][-1] for r in runs), key=lambda point: point["kl"])]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of each method on each task, and of `tilt` by its budgets."""
+    """Means over seeds of each method on each task."""
+    groups: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
+    for r in runs:
+        groups.setdefault((r["task"], r["adaptation"], shown(r["method"])), {}).setdefault(r["seed"], []).append(r)
     rows = []
-    runs = [*runs, *by_budget(runs)]
-    keys = dict.fromkeys((r["task"], r["adaptation"], r["method"]) for r in runs)
-    for task, adaptation, method in keys:
-        own = [r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, method)]
-        rloo = {r["seed"]: r for r in runs if (r["task"], r["adaptation"], r["method"]) == (task, adaptation, "rloo")}
-        timed = [r for r in own if r["method"] != BY_BUDGET]  # several runs side by side have no time of their own
+    for (task, adaptation, method), own in groups.items():
+        rloo = groups.get((task, adaptation, "rloo"), {})
+        every = [r for several in own.values() for r in several]
+        ours, theirs = ({seed: frontier(several) for seed, several in of.items()} for of in (own, rloo))
         row: dict[str, Any] = {
-            "task": task, "adaptation": adaptation, "method": method, "seeds": len(own), "learning_rate": own[0]["learning_rate"],
-            "field_seconds": own[0].get("field_seconds"),
+            "task": task, "adaptation": adaptation, "method": method, "seeds": len(own), "runs_per_seed": len(every) / len(own),
+            "learning_rates": sorted({r["learning_rate"] for r in every}),
+            "field_seconds": every[0].get("field_seconds"),
         }  # fmt: skip
+        both = [(points, theirs[seed]) for seed, points in ours.items() if seed in theirs]
         for kl in KLS:
-            row[f"gold_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "gold") for r in own])
-            row[f"seconds_to_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "seconds") for r in timed])
-            row[f"tokens_at_kl_{kl:g}"] = interval([at_kl(r["points"], kl, "tokens") for r in own])
-        for field in ("gold", "proxy", "kl", "step", "nll_base"):
-            row[f"final_{field}"] = interval([r["points"][-1][field] for r in own])
-        row["seconds_per_step"] = interval([r["seconds_per_step"] for r in timed])
-        paired = [(r, rloo[r["seed"]]) for r in own if r["seed"] in rloo]
-        # On the same prompts with the same noise: what of their difficulty differs between seeds is in neither.
-        for kl in KLS:
-            both = [[at_kl(x["points"], kl, "gold") for x in pair] for pair in paired]
-            row[f"gold_over_rloo_at_kl_{kl:g}"] = interval([None if None in (a, b) else a - b for a, b in both])
-        ends = [(r["points"][-1], at_kl(b["points"], r["points"][-1]["kl"], "gold")) for r, b in paired]
-        row["final_gold_over_rloo_at_its_kl"] = interval(
-            [None if theirs is None else end["gold"] - theirs for end, theirs in ends]
-        )
-        paired = [(r, b) for r, b in paired if r in timed]
-        row["step_time_ratio_to_rloo"] = interval([r["seconds_per_step"] / b["seconds_per_step"] for r, b in paired])
+            row[f"gold_at_kl_{kl:g}"] = interval([at_kl(points, kl, "gold") for points in ours.values()])
+            row[f"proxy_at_kl_{kl:g}"] = interval([at_kl(points, kl, "proxy") for points in ours.values()])
+            row[f"tokens_at_kl_{kl:g}"] = interval([at_kl(points, kl, "tokens") for points in ours.values()])
+            # On the same prompts with the same noise: what of their difficulty differs between seeds is in neither.
+            pairs = [tuple(at_kl(points, kl, "gold") for points in pair) for pair in both]
+            row[f"gold_over_rloo_at_kl_{kl:g}"] = interval([None if None in pair else pair[0] - pair[1] for pair in pairs])
+        row["largest_kl"] = interval([points[-1]["kl"] for points in ours.values()])
+        row["largest_kl_gold"] = interval([points[-1]["gold"] for points in ours.values()])
+        row["seconds_per_step"] = interval([statistics.fmean(r["seconds_per_step"] for r in several) for several in own.values()])
+        step = {
+            seed: [statistics.fmean(r["seconds_per_step"] for r in of[seed]) for of in (own, rloo)]
+            for seed in own
+            if seed in rloo
+        }
+        row["step_time_ratio_to_rloo"] = interval([mine / its for mine, its in step.values()])
         ratios: list[float | None] = []
-        for r, b in paired:
-            gold, time_of_rloo = at_kl(b["points"], 2.0, "gold"), at_kl(b["points"], 2.0, "seconds")
-            ours = None if gold is None else seconds_to(r["points"], gold)
-            ratios.append(None if ours is None or not time_of_rloo else ours / time_of_rloo)
+        for seed in step:
+            gold = at_kl(theirs[seed], 2.0, "gold")
+            quickest = [
+                None
+                if gold is None
+                else min((t for r in of[seed] if (t := seconds_to(r["points"], gold)) is not None), default=None)
+                for of in (own, rloo)
+            ]
+            ratios.append(None if None in quickest else quickest[0] / quickest[1])  # type: ignore[operator]
         row["time_ratio_to_rloo_gold_at_kl_2"] = interval(ratios)
         rows.append(row)
     return rows
@@ -511,18 +492,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             text += f" ± {value['half_width']:.{digits}f}"
         return text + (f" ({value['seeds']}/{seeds})" if value["seeds"] < seeds else "")
 
-    head = ["task", "weights", "method", "rate", *(f"gold at KL {kl:g}" for kl in KLS), "gold at the end", "KL there"]
-    head += ["over RLOO's at that KL", "steps"]
-    head += ["time of a step / RLOO's", "time to RLOO's gold at KL 2 / RLOO's"]
+    head = ["task", "weights", "method", "runs", *(f"gold at KL {kl:g}" for kl in KLS)]
+    head += [f"over RLOO's at {kl:g}" for kl in KLS]
+    head += ["largest KL", "gold there", "time of a step / RLOO's", "time to RLOO's gold at KL 2 / RLOO's"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
         n = r["seeds"]
+        fields = [f"{name}_at_kl_{kl:g}" for name in ("gold", "gold_over_rloo") for kl in KLS]
+        fields += ["largest_kl", "largest_kl_gold", "step_time_ratio_to_rloo", "time_ratio_to_rloo_gold_at_kl_2"]
         lines.append(
-            f"| {r['task']} | {r['adaptation']} | {r['method']} | {r['learning_rate']:g} | "
-            + " | ".join(cell(r[f"gold_at_kl_{kl:g}"], n) for kl in KLS)
-            + f" | {cell(r['final_gold'], n)} | {r['final_kl']['mean']:.1f} | {cell(r['final_gold_over_rloo_at_its_kl'], n)} | "
-            + f"{r['final_step']['mean']:.0f} | "
-            + " | ".join(cell(r[f], n) for f in ("step_time_ratio_to_rloo", "time_ratio_to_rloo_gold_at_kl_2"))
+            f"| {r['task']} | {r['adaptation']} | {r['method']} | {r['runs_per_seed']:.0f} | "
+            + " | ".join(cell(r[field], n) for field in fields)
             + " |"
         )
     fits = {r["task"]: r["field_seconds"] for r in rows if r["field_seconds"] is not None}
@@ -538,11 +518,7 @@ STYLE = {
     "vgf_sft_gradient": ("#8C2D04", ":"),
     "vgf_sft": ("#D55E00", "-"),
     "vgf_weighted": ("#E69F00", "-"),
-    "vgf_tilt_0.5": ("#66C2A5", ":"),
-    "vgf_tilt_1": ("#66C2A5", "--"),
-    "vgf_tilt_2": ("#009E73", "-"),
-    "vgf_tilt_4": ("#00573F", "-"),
-    "vgf_fast_tilt": ("#00E5A0", ":"),
+    "vgf_tilt": ("#009E73", "-"),
     "vgf_dpo": ("#CC79A7", "-"),
     "vgf_advantage": ("#7F00FF", "--"),
     "rloo": ("#0072B2", "-"),
@@ -552,31 +528,39 @@ STYLE = {
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """A column per task; for full weights and for LoRA gold against KL, and below against seconds: one line per run, faint, and
-    the mean over seeds where all still ran."""
+    """A column per task; for full weights and for LoRA gold against KL, between the ends of a method's runs, and below gold
+    against seconds along every run: faint lines are single seeds and runs, the strong one above is the mean over seeds."""
     groups = list(dict.fromkeys((r["task"], r["adaptation"]) for r in runs))
     tasks, adaptations = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
     figure = Figure(figsize=(5 * len(tasks) + 2, 7 * len(adaptations) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 * len(adaptations), len(tasks), squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)  # until there is something to see
     for group in groups:
-        for row, x in enumerate(("kl", "seconds")):
-            ax = axes[2 * adaptations.index(group[1]) + row][tasks.index(group[0])]
-            for method, (colour, line) in STYLE.items():
-                own = [r["points"] for r in runs if (r["task"], r["adaptation"]) == group and r["method"] == method]
-                if not own:
-                    continue
-                for points in own:
-                    ax.plot([p[x] for p in points], [p["gold"] for p in points], line, color=colour, alpha=0.25, linewidth=0.8)
-                together = list(zip(*own, strict=False))
-                at = [[statistics.fmean(p[f] for p in points) for points in together] for f in (x, "gold")]
-                ax.plot(*at, line, marker=".", color=colour, label=method.replace("_", " "))
-            if x == "kl":
-                ax.set_xlim(-0.1, KL_END)
-                ax.set_xlabel("KL(student || base), nats per completion")
-            else:
-                ax.set_xscale("symlog", linthresh=10)
-                ax.set_xlabel("seconds of training (linear to 10, then logarithmic)")
+        above, below = (axes[2 * adaptations.index(group[1]) + row][tasks.index(group[0])] for row in (0, 1))
+        for method, (colour, line) in STYLE.items():
+            own: dict[int, list[dict[str, Any]]] = {}
+            for r in runs:
+                if (r["task"], r["adaptation"]) == group and shown(r["method"]) == method:
+                    own.setdefault(r["seed"], []).append(r)
+            if not own:
+                continue
+            seeds = [frontier(several) for several in own.values()]
+            for points in seeds:
+                above.plot([p["kl"] for p in points], [p["gold"] for p in points], line, color=colour, alpha=0.2, linewidth=0.8)
+            together = list(zip(*seeds, strict=False))
+            at = [[statistics.fmean(p[f] for p in points) for points in together] for f in ("kl", "gold")]
+            above.plot(*at, line, marker=".", color=colour, label=method.replace("_", " "))
+            for r in (r for several in own.values() for r in several):
+                at = [[p[f] for p in r["points"]] for f in ("seconds", "gold")]
+                below.plot(*at, line, color=colour, alpha=0.5, linewidth=0.9)
+        above.set_xlim(-0.1, 5.0)
+        above.set_xlabel("KL(student || base), nats per completion")
+        below.set_xscale("symlog", linthresh=10)
+        below.set_xlabel("seconds of training (linear to 10, then logarithmic)")
+        for ax in (above, below):
+            ax.set_visible(True)
             ax.set_ylabel("gold reward")
             ax.set_title(f"{group[0]}, {'LoRA' if group[1] == 'lora' else 'full weights'}")
             ax.grid(alpha=0.3)
@@ -593,7 +577,7 @@ def main() -> None:
     parser.add_argument("--adaptations", nargs="+", default=["full"], choices=["full", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of every method")
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts a student is measured on")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts a student is measured on")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs" / "demo" / "models", help="world of the demonstration")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
     parser.add_argument(
@@ -604,13 +588,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "img" / "trainer_vs_trl.png")
     parser.add_argument("--report", action="store_true", help="run nothing: report all runs of this size that are there")
     parser.add_argument(
-        "--quick", action="store_true", help="2 steps, 8 prompts, 1 seed, no tuning, small field: shows that it runs"
+        "--quick", action="store_true", help="2 steps, 8 prompts, 1 seed, 1 rate, small field: shows that it runs"
     )
     args = parser.parse_args()
     if args.quick:
         args.steps, args.prompts, args.seeds = 2, 8, args.seeds[:1]
-        for grid in RATES.values():
-            grid.update({family: rates[:1] for family, rates in grid.items()})
+        for of_task in RATES.values():
+            of_task.update({family: several[:1] for family, several in of_task.items()})
     if "e2e" in args.tasks and args.e2e_data is None and not args.report:
         parser.error("--tasks e2e needs --e2e-data")
     console = Console(width=160)
@@ -629,10 +613,9 @@ def main() -> None:
             for job in jobs:
                 for adaptation in args.adaptations:
                     for method in args.methods:
-                        kept.run(job, method, adaptation, seed, kept.tuned_rate(job, method, adaptation))
-    runs, tuning = [], []
-    for result in kept.all():
-        (tuning if result["seed"] == PILOT else runs).append(result)
+                        for rate in rates(job.name, method, adaptation):
+                            kept.run(job, method, adaptation, seed, rate)
+    runs = kept.all()
     rows = summarise(runs)
     write_report(
         args.output,
@@ -640,10 +623,10 @@ def main() -> None:
             "rows": rows,
             "goals": goals(rows),
             "runs": runs,
-            "tuning": [{**r, "score": tuning_score(r)} for r in tuning],
             "settings": {
                 "steps": args.steps, "held_out_prompts": args.prompts, "samples_per_prompt": SAMPLES, "kl_end": KL_END,
-                "prompts_per_step": PROMPTS_PER_STEP, "num_generations": GENERATIONS, "rates": RATES, "vgf": VGF,
+                "prompts_per_step": PROMPTS_PER_STEP, "num_generations": GENERATIONS, "rates": RATES, "lora_rate": LORA_RATE,
+                "vgf": VGF,
                 "field_prompts": kept.field_prompts, "field_samples": FIELD_SAMPLES,
             },
             "machine": {
