@@ -575,7 +575,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["content", "tone"], choices=["content", "tone", "e2e"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--adaptations", nargs="+", default=["full"], choices=["full", "lora"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[10, 11, 12], help="lower ones were seen while settings were tried"
+    )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of every method")
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts a student is measured on")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs" / "demo" / "models", help="world of the demonstration")

@@ -394,7 +394,8 @@ def _parser() -> argparse.ArgumentParser:
         "--auto",
         type=float,
         metavar="G",
-        help="completions per prompt in all, moves or fresh samples as they pay; then steps, nats and rounds are not asked",
+        help="completions per prompt in all, moves or fresh samples as they pay; then steps, nats and rounds are not asked, and along a "
+        "gradient field its correlation sets the nats",
     )
     run.add_argument(
         "--horizon", type=int, default=0, metavar="T", help="tokens a tilt outlives the first change; -1: to the end"
