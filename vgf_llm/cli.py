@@ -394,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
         "--auto",
         type=float,
         metavar="G",
-        help="completions per prompt in all, moves or fresh samples as they pay; then steps, nats and rounds are not asked, and along a "
+        help="completions per prompt in all, moves or fresh samples as they pay; steps, nats and rounds are not asked: along a "
         "gradient field its correlation sets the nats",
     )
     run.add_argument(
