@@ -99,6 +99,7 @@ class Variant:
     accept: str = "rises"
     record: tuple[int, ...] = ()
     generations: float = 0.0  # 16: `TransportBudget.auto(16)`, whatever else is set
+    layers: int | None = None  # of the reward model's, that the field has; None: all
 
 
 REFERENCE = Variant()
@@ -215,6 +216,12 @@ def with_field() -> Groups:
                 for kl in (0.5, 1.0, 2.0, 4.0, 8.0)
             },
             "learned, 2 x 8, 1 nat, random direction": replace(drawn, kl_budget=1.0, random=True),
+            # All have three layers.
+            **{
+                f"learned, {layers} of 3 layers, {kl:g} nat{'' if kl == 1 else 's'}": replace(drawn, layers=layers, kl_budget=kl)
+                for layers in (1, 2)
+                for kl in (1.0, 2.0, 4.0)
+            },
             "learned, automatic": replace(drawn, generations=16.0),
             "own, 7 x 2, 2 nats": own,
             "own, 7 x 2, 4 nats": replace(own, kl_budget=4.0),
@@ -245,12 +252,13 @@ class World:
     work: Path
     seen: Callable[[], list[str]]
 
-    def field(self, sampler: VGFSampler) -> GradientField:
+    def field(self, sampler: VGFSampler, layers: int | None = None) -> GradientField:
         """Fitted once, its CPU seconds beside it."""
-        kept = self.work / self.name / "field"
+        kept = self.work / self.name / ("field" if layers is None else f"field-{layers}")
         if not kept.is_dir():
             begun, making = time.process_time(), kept.with_name("field.part")
-            fit_field(sampler, self.seen(), max_completion_length=self.length, seed=FIELD_SEED).save_pretrained(making)
+            fitted = fit_field(sampler, self.seen(), layers=layers, max_completion_length=self.length, seed=FIELD_SEED)
+            fitted.save_pretrained(making)
             (making / "seconds.json").write_text(json.dumps(time.process_time() - begun))
             making.rename(kept)
         return GradientField.from_pretrained(kept)
@@ -265,7 +273,7 @@ class World:
             reward = moves.PooledRepulsion(reward, tokenizer, variant.movers, variant.repulsion)
         model = AutoModelForCausalLM.from_pretrained(self.base).eval()
         learned = variant.gradient_at == "field"
-        field = self.field(VGFSampler(model, reward, tokenizer, flow_batch_size=512)) if learned else None
+        field = self.field(VGFSampler(model, reward, tokenizer, flow_batch_size=512), variant.layers) if learned else None
         return VGFSampler(
             model,
             reward,
@@ -552,14 +560,14 @@ def diversity(cell: Mapping[str, Any], gold_of_all: Sequence[float]) -> dict:
 # ---- figures
 
 
-def _figure(width: float, height: float, rows: int, columns: int, title: str, **options: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int, columns: int, title: str, **options: Any) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _legend(figure: Figure, axes: Any, columns: int) -> None:
+def shared_legend(figure: Figure, axes: Any, columns: int) -> None:
     handles: dict[str, Any] = {}
     for ax in axes.flat:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -572,7 +580,7 @@ def _bars(value: float, low: float, high: float) -> list[list[float]]:
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
@@ -583,7 +591,7 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     there = {r["method"] for r in rows}
     names = [f"{group}: {name}" for group in groups for name in variants()[group] if f"{group}: {name}" in there]
-    figure, axes = _figure(
+    figure, axes = new_figure(
         3.4 + 3.4 * len(tasks), 1.6 + 0.3 * len(names), 1, len(tasks), "Gold above best-of-n at equal generations, 95 % intervals"
     )
     for column, (ax, task) in enumerate(zip(axes[0], tasks, strict=True)):
@@ -601,14 +609,14 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ax.grid(axis="x", color="#E4E4E4")
     for colour, label in ((VERMILION, "reference"), (GREEN, "verified variant"), (GREY, "one decode, not verified")):
         axes[0][0].plot([], [], "o", color=colour, label=label)
-    _legend(figure, axes, 3)
-    _save(figure, path)
+    shared_legend(figure, axes, 3)
+    save_figure(figure, path)
 
 
 def plot_rounds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Gold against generations: best-of-n up to the size of the pool, and the grid of rounds, movers and steps."""
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["method"].startswith("rounds")))
-    figure, axes = _figure(
+    figure, axes = new_figure(
         5.4 * len(tasks), 4.8, 1, len(tasks), "Rounds x movers and flow steps L, each at 1, 2 and 4 nats (L = 3: 2 and 4)"
     )
     styles = {
@@ -635,8 +643,8 @@ def plot_rounds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.set(title=task, xlabel="generations per prompt", ylabel="gold reward")
         ax.grid(color="#E4E4E4")
-    _legend(figure, axes, 3)
-    _save(figure, path)
+    shared_legend(figure, axes, 3)
+    save_figure(figure, path)
 
 
 def _best_of_n(ax: Axes, rows: Sequence[Mapping[str, Any]], x: str, several: bool = True) -> None:
@@ -655,7 +663,7 @@ def plot_far(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Gold against the proxy that was optimised, round after round, with all reward models above and with one below."""
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["method"].startswith("far")))
     most = max(r["members"] for r in rows)
-    figure, axes = _figure(5.4 * len(tasks), 7.6, 2, len(tasks), "Over-optimisation: gold against proxy, 1 to 12 rounds")
+    figure, axes = new_figure(5.4 * len(tasks), 7.6, 2, len(tasks), "Over-optimisation: gold against proxy, 1 to 12 rounds")
     styles = {(0.02, 2.0): (VERMILION, "o"), (0.02, 32.0): (GREEN, "D"), (0.0, 32.0): (GREY, "x")}
     for column, task in enumerate(tasks):
         for line, members in enumerate((most, 1)):
@@ -675,14 +683,14 @@ def plot_far(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             ax.set_title(f"{task}, {members} reward model{'' if members == 1 else 's'}", fontsize=11)
             ax.set(xlabel="proxy reward", ylabel="gold reward")
             ax.grid(color="#E4E4E4")
-    _legend(figure, axes, 3)
-    _save(figure, path)
+    shared_legend(figure, axes, 3)
+    save_figure(figure, path)
 
 
 def plot_coupling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Mean gold of all particles against how much they repeat each other."""
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["method"].startswith("coupling")))
-    figure, axes = _figure(5.4 * len(tasks), 4.6, 1, len(tasks), "Coupling: gold of all particles against their diversity")
+    figure, axes = new_figure(5.4 * len(tasks), 4.6, 1, len(tasks), "Coupling: gold of all particles against their diversity")
     styles = {
         "none": (VERMILION, "o-"),
         "pooled repulsion 0.5": (GREEN, "D"),
@@ -706,8 +714,8 @@ def plot_coupling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
         ax.margins(0.12)
         ax.grid(color="#E4E4E4")
-    _legend(figure, axes, 4)
-    _save(figure, path)
+    shared_legend(figure, axes, 4)
+    save_figure(figure, path)
 
 
 # ---- the run

@@ -1,8 +1,10 @@
 """Preference pairs from a base model's own texts, labelled by a noisy version of a gold reward.
 
-Two kinds of pairs. *Samples*: two completions of one prompt. *Edits*: a completion and what becomes of it when one token is
+Three kinds of pairs. *Samples*: two completions of one prompt. *Edits*: a completion and what becomes of it when one token is
 replaced by another one the base model could have said there, the rest kept or written anew. A flow edits texts; a reward model
 that has only compared whole texts ranks edits little better than chance, and its gradient leads to its errors (docs/method.md).
+*Moved*: two completions drawn along the gradient field of an earlier reward model. Where that one errs the flow has gone too
+far, and the labels say so (docs/ablations.md).
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vgf_llm.text import BaseDistribution, decode
+from vgf_llm.flow import TransportBudget
+from vgf_llm.text import BaseDistribution, VGFSampler, decode
 from vgf_llm.text.prefix import Prefix
 
 
 Pair = tuple[str, str, str]
 PROMPTS_AT_ONCE = 128
+# Budgets that moved pairs are drawn at, from no move to far beyond what a first reward model is good for.
+MOVED_NATS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def preference_pairs(
@@ -46,14 +51,6 @@ def preference_pairs(
     rng = random.Random(f"preferences {seed}")
     draw = _Drawer(model, tokenizer, max_completion_length)
 
-    def labelled(texts: Callable[[], Iterator[Pair]]) -> Iterator[Pair]:
-        while True:
-            for prompt, first, second in texts():
-                difference = gold(prompt, first) - gold(prompt, second)
-                if difference and first and second:
-                    better = rng.random() < 0.5 * (1 + math.tanh(0.5 * difference / noise))
-                    yield (prompt, first, second) if better else (prompt, second, first)
-
     def two_samples() -> Iterator[Pair]:
         batch = [rng.choice(prompts) for _ in range(PROMPTS_AT_ONCE)]
         texts = draw.texts(*draw.sample(draw.encode(batch), 2, rng))
@@ -68,9 +65,55 @@ def preference_pairs(
         for keep in (True, True, False):
             yield from zip(batch, texts, draw.edit(prompt_ids, ids, mask, keep, rng), strict=True)
 
-    pairs = [*islice(labelled(two_samples), samples), *islice(labelled(edited_samples), edits)]
+    drawn = ((two_samples, samples), (edited_samples, edits))
+    pairs = [pair for texts, count in drawn for pair in islice(_labelled(texts, gold, noise, rng), count)]
     rng.shuffle(pairs)
     return pairs
+
+
+def moved_pairs(
+    sampler: VGFSampler,
+    prompts: Sequence[str],
+    gold: Callable[[str, str], float],
+    *,
+    count: int,
+    noise: float,
+    max_completion_length: int,
+    seed: int,
+) -> list[Pair]:
+    """(prompt, chosen, rejected): `count` pairs of two completions, each drawn along the sampler's gradient field at a budget of
+    its own, one of `MOVED_NATS`. Labels are those of `preference_pairs`.
+
+    Raises:
+        ValueError: the sampler has no gradient field.
+    """
+    if sampler.field is None:
+        raise ValueError("moved pairs are drawn along a gradient field: give the sampler one (gradient_field=)")
+    rng = random.Random(f"moved {seed}")
+
+    def texts(nats: float, batch: list[str]) -> list[str]:
+        budget = TransportBudget(kl_budget=nats) if nats else TransportBudget(steps=0)
+        seeds = [rng.getrandbits(40) for _ in batch]
+        drawn = sampler.sample(batch, 1, budget, max_completion_length, seed=seeds, verify=False).transported
+        return [text for (text,) in drawn.completions]
+
+    def two_moved() -> Iterator[Pair]:
+        batch = [rng.choice(prompts) for _ in range(PROMPTS_AT_ONCE)]
+        first, second = (texts(rng.choice(MOVED_NATS), batch) for _ in range(2))
+        yield from zip(batch, first, second, strict=True)
+
+    return list(islice(_labelled(two_moved, gold, noise, rng), count))
+
+
+def _labelled(
+    texts: Callable[[], Iterator[Pair]], gold: Callable[[str, str], float], noise: float, rng: random.Random
+) -> Iterator[Pair]:
+    while True:
+        for prompt, first, second in texts():
+            difference = gold(prompt, first) - gold(prompt, second)
+            if difference and first and second:
+                better = rng.random() < 0.5 * (1 + math.tanh(0.5 * difference / noise))
+                yield (prompt, first, second) if better else (prompt, second, first)
 
 
 class _Drawer:

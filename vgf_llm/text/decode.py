@@ -39,6 +39,9 @@ Forward = Callable[[Tensor, Tensor, DynamicCache], Tensor]
 # Streams of the counter: noise of different use must not repeat.
 SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL, HINDSIGHT_OTHERS, WHICH_OTHER = range(7)
 
+# Share of a batch that has to be finished before its rows leave.
+FINISHED = 0.25
+
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]], num_particles: int, start: int = 0) -> Tensor:
     """Keys [B * N] of the noise counter, from the seed, the tokens of the prompt and the index of the particle alone."""
@@ -259,6 +262,8 @@ def sample(
         first = torch.cat([first, cast(Tensor, steering.prefix.logits)[steering.prefix.rows]], -1)
     totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
     mask = completion_mask(ids, eos_ids)
+    if drawn_from is not None:
+        drawn_from.kl.mul_(mask)  # finished rows that had not left were drawn on
     logprobs, nats, log_ratio = totals.unbind(1) if steering is not None else (totals[:, 0], spent, spent)
     return Decoded(ids, mask, logprobs, nats, log_ratio, mask.sum(1))
 
@@ -541,7 +546,8 @@ def _continue(
     draft: Tensor | None = None,
     lookahead: int = 1,
 ) -> Tensor:
-    """Fill `ids` [R, T] in place from position `start` [R] on, row by row its own position; finished rows leave the batch.
+    """Fill `ids` [R, T] in place from position `start` [R] on, row by row its own position; finished rows leave the batch, as
+    soon as there are enough of them: whenever rows leave, keys and values of all others are copied.
 
     `first` [R, ...] is what was read before `start`. With a draft [R, T], every forward also takes `lookahead - 1` tokens of it,
     and what follows counts as far as they were said. Returns the quantities of `choose`, added up along each row.
@@ -549,6 +555,7 @@ def _continue(
     length = ids.shape[1]
     active = torch.arange(len(ids), device=ids.device)
     positions, guess, read = start.clone(), start.new_empty(len(ids), 0), first[:, None]
+    goes_on = torch.ones_like(active, dtype=torch.bool)
     totals: Tensor | None = None
     while True:
         places = positions[:, None] + torch.arange(guess.shape[1] + 1, device=ids.device)
@@ -556,27 +563,28 @@ def _continue(
         # A token counts if all guesses before it were right, none of them was the last, and there is room for it.
         ends = torch.isin(tokens, eos_ids)
         right = (tokens[:, :-1] == guess) & ~ends[:, :-1]
-        counts = torch.cat([torch.ones_like(ends[:, :1]), right.cumprod(1).bool()], 1) & (places < length)
+        counts = torch.cat([torch.ones_like(ends[:, :1]), right.cumprod(1).bool()], 1)
+        counts &= (places < length) & goes_on[:, None]
         row, column = counts.nonzero(as_tuple=True)
         ids[active[row], places[row, column]] = tokens[row, column]
         if totals is None:
             totals = quantities.new_zeros(len(ids), quantities.shape[-1])
         totals[active] += torch.where(counts[..., None], quantities, 0.0).sum(1)
         count = counts.sum(1)
-        last = (count - 1)[:, None]
+        last = (count - 1).clamp_min(0)[:, None]
         # The first column of the last forward held a token that had been said, the others guesses: wrong ones are unseen.
         width = guess.shape[1]
         if width:
             attention[:, -width:] = counts[:, 1:]
         positions = positions + count
-        goes_on = ~ends.gather(1, last)[:, 0] & (positions < length)
+        goes_on &= ~ends.gather(1, last)[:, 0] & (positions < length)
         said = tokens.gather(1, last)
-        if not goes_on.all():
-            kept = goes_on.nonzero()[:, 0]
-            if len(kept) == 0:
-                return totals
+        kept = goes_on.nonzero()[:, 0]
+        if len(kept) == 0:
+            return totals
+        if len(kept) <= (1 - FINISHED) * len(active):
             reader.keep(kept)
-            active, positions, said, attention = active[kept], positions[kept], said[kept], attention[kept]
+            active, positions, said, attention, goes_on = (x[kept] for x in (active, positions, said, attention, goes_on))
         if draft is not None and lookahead > 1:
             ahead = positions[:, None] + torch.arange(min(lookahead - 1, length - 1), device=ids.device)
             guess = draft[active[:, None], ahead.clamp(max=length - 1)]
@@ -585,7 +593,8 @@ def _continue(
         else:
             guess, seen = guess[: len(active)], torch.ones_like(said, dtype=torch.bool)
         block = torch.cat([said, guess], 1)
-        attention = torch.cat([attention, seen], 1)
+        # Of a finished row nothing more is seen, and it takes no more positions.
+        attention = torch.cat([attention, seen & goes_on[:, None]], 1)
         read = reader(block, attention)
 
 

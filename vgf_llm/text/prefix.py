@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 Layers = list[tuple[Tensor, Tensor]]
+
+# Tokens that keys and values get room for at a time.
+ROOM = 64
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,41 @@ def cache_of(layers: Layers) -> DynamicCache:
     All of them, also where a model looks back through a window: its mask leaves out what is too far.
     """
     cache = DynamicCache()
+    cache.layer_class_to_replicate = _RoomyLayer
     for index, (keys, values) in enumerate(layers):
         cache.update(keys, values, index)
     return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with free memory behind them, where what is decoded next is written.
+
+    `DynamicLayer` copies all there is for every token that comes, T^2 / 2 tokens in a completion of T. That took more than half
+    of the time of drawing (docs/speed.md).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory: list[Tensor] = []
+        self._given: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What is held, and these behind it. [R, heads, S, size] each."""
+        # What a gradient passes through must not be written to.
+        if torch.is_grad_enabled() or self.get_seq_length() == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        end, size = held[0].shape[2], held[0].shape[2] + key_states.shape[2]
+        # Rows that were selected or slots that were cut off are other tensors, in memory of their own.
+        if held[0] is not self._given or size > self._memory[0].shape[2]:
+            self._memory = [x.new_empty(*x.shape[:2], size + ROOM, x.shape[3]) for x in held]
+            for memory, x in zip(self._memory, held, strict=True):
+                memory[:, :, :end] = x
+        for memory, x in zip(self._memory, (key_states, value_states), strict=True):
+            memory[:, :, end:size] = x
+        self.keys, self.values = (memory[:, :, :size] for memory in self._memory)
+        self._given = self.keys
+        return self.keys, self.values
 
 
 def positions(attention: Tensor, count: int) -> Tensor:
