@@ -2,8 +2,12 @@ import math
 from collections import Counter
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
-from vgf_llm.evaluation.preferences import preference_pairs
+from vgf_llm.evaluation.preferences import moved_pairs, preference_pairs
+from vgf_llm.text import VGFSampler
+from vgf_llm.text.field import SCALES, GradientField
 
 
 PROMPTS = ["the food was", "the staff were", "a room was"]
@@ -52,3 +56,22 @@ def test_the_same_seed_gives_the_same_pairs_and_another_one_others(saved):
 @pytest.mark.parametrize("kind", ["samples", "edits"])
 def test_texts_are_not_longer_than_asked(saved, kind):
     assert all(max(len(a.split()), len(b.split())) <= 8 for _, a, b in pairs(saved["lm"], **{kind: 40}))
+
+
+def test_moved_pairs_are_drawn_along_the_field_and_labelled_like_the_others(saved):
+    sampler = VGFSampler(saved["lm"], saved["reward"], AutoTokenizer.from_pretrained(saved["lm"]))
+    with pytest.raises(ValueError, match="gradient field"):
+        moved_pairs(sampler, PROMPTS, count_good, count=1, noise=1.0, max_completion_length=8, seed=0)
+    backbone = sampler.reward.members[0].base_model
+    sampler.field = GradientField(backbone, sampler.reward.width)
+    # Everywhere the same direction: towards "good".
+    good = sampler.processing_class.convert_tokens_to_ids("good")
+    sampler.field.slope.bias.data.copy_(sampler.reward.table[good])
+    sampler.field.nats.copy_(torch.tensor(SCALES).square())
+    made = moved_pairs(sampler, PROMPTS, count_good, count=60, noise=1e-9, max_completion_length=8, seed=0)
+    assert len(made) == 60
+    assert all(count_good(p, chosen) > count_good(p, rejected) for p, chosen, rejected in made)
+    plain = pairs(saved["lm"], samples=60)
+    goods = [sum(text.split().count("good") for _, *texts in kind for text in texts) for kind in (made, plain)]
+    assert goods[0] > 1.3 * goods[1]
+    assert moved_pairs(sampler, PROMPTS, count_good, count=60, noise=1e-9, max_completion_length=8, seed=0) == made
