@@ -47,6 +47,7 @@ from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 from vgf_llm.text.field import SCALES, GradientField, first_layers
+from vgf_llm.text.prefix import ROOM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,14 +229,14 @@ def row_bytes(shape: Mapping[str, int], words: int, load: Load, size: int) -> di
     """Memory that one completion in flight takes at the peak, by what it is; `size` is that of a weight in bytes.
 
     tables: log mu, the advantages and one copy on the way, float32 [T, V] each. cache: keys and values of base and reward
-    model over prompt and completion, twice while new ones are appended. activations: what a backward to the inputs keeps, 17
-    numbers per layer, channel and token (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores).
+    model over prompt and completion, with the base model's room for what is decoded next. activations: what a backward to the
+    inputs keeps, 17 numbers per layer, channel and token (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores).
     """
     width, layers, tokens = shape["hidden_size"], shape["num_hidden_layers"], load.prompt_length + load.length
     kv = shape.get("kv_size", width)
     return {
         "tables": 3 * 4 * load.length * words,
-        "cache": 2 * 2 * 2 * layers * kv * tokens * size,
+        "cache": 2 * layers * kv * (2 * tokens + ROOM) * size,
         "activations": 17 * layers * width * load.length * size,
     }
 
@@ -282,8 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--members", type=int, default=1, help="reward models")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--patience", type=float, default=20.0, help="a grid ends behind the first point of so many seconds")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=100.0, help="a grid ends behind the first point of so many seconds")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, load = PRESETS[args.preset]

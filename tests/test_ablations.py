@@ -1,11 +1,12 @@
 """What benchmarks/ablations.py compares: its moves by their contracts, its differences by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablations, moves
+from benchmarks import ablations, labels, moves
 from tests import tiny
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import VGFSampler, decode
@@ -167,3 +168,28 @@ def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
         assert cells.of(variant) == {"7": {"gold": [1.0]}}
     cells.of(replace(ablations.REFERENCE, horizon=None))
     assert len(calls) == 2 and absent.of(ablations.REFERENCE) is not None
+
+
+def test_labels_along_the_flow_replace_as_many_of_the_given_ones(tmp_path, monkeypatch):
+    seen = []
+
+    def moved(sampler, prompts, gold, *, count, noise, max_completion_length, seed):
+        seen.append((sampler, tuple(prompts), count, noise, max_completion_length, seed))
+        return [("p", "moved", str(i)) for i in range(count)]
+
+    def train(at, pairs, member):
+        (at / "pairs.txt").write_text("\n".join(second for _, second, _ in pairs))
+
+    monkeypatch.setattr(labels, "moved_pairs", moved)
+    monkeypatch.setattr(ablations.World, "sampler", lambda world, variant: [str(path) for path in world.rewards])
+    world = ablations.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
+    given = labels.Labels(lambda member: [("p", f"plain {member}", "r")] * 3, lambda member: [f"q{member}"], 2, 0.5, train)
+    after = labels.along_the_flow(world, given)
+    first = [str(tmp_path / "t_first" / f"reward-{k}") for k in range(3)]
+    assert seen == [(first, (f"q{k}",), 2, 0.5, 8, k) for k in range(3)]
+    assert after.name == "t_moved" and after.rewards == [tmp_path / "t_moved" / f"reward-{k}" for k in range(3)]
+    for k, path in enumerate(after.rewards):
+        assert Path(first[k], "pairs.txt").read_text().split("\n") == [f"plain {k}"] * 3
+        assert sorted((path / "pairs.txt").read_text().split("\n")) == ["moved"] * 2 + [f"plain {k}"] * 3
+    labels.along_the_flow(world, given)
+    assert len(seen) == 3  # what is there is not made again
