@@ -91,7 +91,15 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
 LORA_RATE = {"likelihood": 6.0, "tilt": 10.0, "gradient": 3.0, "pairs": 6.0}
 POLICY = {"particle_source": "policy", "policy_kl_cap": KL_END}
 # Budgets of `tilt`: nats of a draw, and the temperature of what selection adds, which alone is worth a nat at 0.5.
-TILT = {"mild": (0.5, 2.0), "mild_1": (1.0, 2.0), "0.5": (0.5, 0.5), "1": (1.0, 0.5), "2": (2.0, 0.5), "4": (4.0, 0.5)}
+TILT = {
+    "mild": (0.5, 2.0),
+    "mild_1": (1.0, 2.0),
+    "0.5": (0.5, 0.5),
+    "1": (1.0, 0.5),
+    "2": (2.0, 0.5),
+    "4": (4.0, 0.5),
+    "8": (8.0, 0.5),
+}
 VGF: dict[str, dict[str, Any]] = {
     "best_of_n": {"flow_steps": 0},
     "best_of_n_policy": {"flow_steps": 0, **POLICY},
