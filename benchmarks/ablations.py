@@ -882,7 +882,11 @@ def main() -> None:
             "settings": {"prompts": args.prompts, "seeds": args.seeds, "pool": args.pool, "num_particles": N},
             "not_measured": absent,
             "forecasts": {cells.world.name: cells.forecasts() for cells, _ in tasks} if args.field and not args.quick else None,
-            "field_seconds": {p.parent.parent.name: json.loads(p.read_text()) for p in sorted(work.glob("*/field/seconds.json"))},
+            "field_seconds": {
+                cells.world.name: json.loads(kept.read_text())
+                for cells, _ in tasks
+                if (kept := work / cells.world.name / "field" / "seconds.json").is_file()
+            },
             "cpu_seconds": spent,
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {
