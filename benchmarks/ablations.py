@@ -826,6 +826,14 @@ def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: 
     )  # fmt: skip
 
 
+def environment() -> dict[str, dict]:
+    """What a report says about where it comes from."""
+    return {
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -888,12 +896,7 @@ def main() -> None:
                 if (kept := work / cells.world.name / "field" / "seconds.json").is_file()
             },
             "cpu_seconds": spent,
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **environment(),
         },
     )
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from benchmarks.ablations import (
     World,
     e2e_world,
     embedded_worlds,
+    environment,
     new_figure,
     over_reference,
     save_figure,
@@ -73,7 +73,7 @@ class Labels:
     """Where the comparisons of one task come from.
 
     Attributes:
-        plain: member -> those that both have, of texts that no reward model had a part in.
+        plain: member -> those of texts that no reward model had a part in.
         prompts: member -> what the moved texts are written to.
         count: moved pairs, as many as were left out of the plain ones.
         noise: of the labels, in units of gold.
@@ -237,12 +237,7 @@ def main() -> None:
         {
             "rows": rows,
             "settings": {"prompts": CONFIRMING_PROMPTS, "seeds": seeds, "pool": CONFIRMING_POOL, "num_particles": N},
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **environment(),
         },
     )
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
