@@ -262,8 +262,6 @@ def sample(
         first = torch.cat([first, cast(Tensor, steering.prefix.logits)[steering.prefix.rows]], -1)
     totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
     mask = completion_mask(ids, eos_ids)
-    if drawn_from is not None:
-        drawn_from.kl.mul_(mask)  # finished rows that had not left were drawn on
     logprobs, nats, log_ratio = totals.unbind(1) if steering is not None else (totals[:, 0], spent, spent)
     return Decoded(ids, mask, logprobs, nats, log_ratio, mask.sum(1))
 
@@ -555,7 +553,7 @@ def _continue(
     length = ids.shape[1]
     active = torch.arange(len(ids), device=ids.device)
     positions, guess, read = start.clone(), start.new_empty(len(ids), 0), first[:, None]
-    goes_on = torch.ones_like(active, dtype=torch.bool)
+    slots = active  # where the rows that go on stand in the batch that is read
     totals: Tensor | None = None
     while True:
         places = positions[:, None] + torch.arange(guess.shape[1] + 1, device=ids.device)
@@ -563,28 +561,28 @@ def _continue(
         # A token counts if all guesses before it were right, none of them was the last, and there is room for it.
         ends = torch.isin(tokens, eos_ids)
         right = (tokens[:, :-1] == guess) & ~ends[:, :-1]
-        counts = torch.cat([torch.ones_like(ends[:, :1]), right.cumprod(1).bool()], 1)
-        counts &= (places < length) & goes_on[:, None]
+        counts = torch.cat([torch.ones_like(ends[:, :1]), right.cumprod(1).bool()], 1) & (places < length)
         row, column = counts.nonzero(as_tuple=True)
         ids[active[row], places[row, column]] = tokens[row, column]
         if totals is None:
             totals = quantities.new_zeros(len(ids), quantities.shape[-1])
         totals[active] += torch.where(counts[..., None], quantities, 0.0).sum(1)
         count = counts.sum(1)
-        last = (count - 1).clamp_min(0)[:, None]
+        last = (count - 1)[:, None]
         # The first column of the last forward held a token that had been said, the others guesses: wrong ones are unseen.
         width = guess.shape[1]
         if width:
-            attention[:, -width:] = counts[:, 1:]
+            attention[slots, -width:] = counts[:, 1:]
         positions = positions + count
-        goes_on &= ~ends.gather(1, last)[:, 0] & (positions < length)
+        goes_on = ~ends.gather(1, last)[:, 0] & (positions < length)
         said = tokens.gather(1, last)
         kept = goes_on.nonzero()[:, 0]
         if len(kept) == 0:
             return totals
-        if len(kept) <= (1 - FINISHED) * len(active):
-            reader.keep(kept)
-            active, positions, said, attention, goes_on = (x[kept] for x in (active, positions, said, attention, goes_on))
+        active, positions, said, slots = active[kept], positions[kept], said[kept], slots[kept]
+        if len(slots) <= (1 - FINISHED) * len(attention):
+            reader.keep(slots)
+            attention, slots = attention[slots], torch.arange(len(slots), device=ids.device)
         if draft is not None and lookahead > 1:
             ahead = positions[:, None] + torch.arange(min(lookahead - 1, length - 1), device=ids.device)
             guess = draft[active[:, None], ahead.clamp(max=length - 1)]
@@ -592,10 +590,13 @@ def _continue(
             seen = torch.cat([torch.ones_like(said, dtype=torch.bool), ahead < length - 1], 1)
         else:
             guess, seen = guess[: len(active)], torch.ones_like(said, dtype=torch.bool)
-        block = torch.cat([said, guess], 1)
-        # Of a finished row nothing more is seen, and it takes no more positions.
-        attention = torch.cat([attention, seen & goes_on[:, None]], 1)
+        # A finished row that has not left reads any token, of which nothing is seen.
+        block, new = ids.new_zeros(len(attention), seen.shape[1]), seen.new_zeros(len(attention), seen.shape[1])
+        block[slots], new[slots] = torch.cat([said, guess], 1), seen
+        attention = torch.cat([attention, new], 1)
         read = reader(block, attention)
+        if len(slots) < len(attention):
+            read = read[slots]
 
 
 def _right_align(cache: DynamicCache, attention: Tensor, rows: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:
