@@ -114,7 +114,7 @@ def build(
 
 
 def _no_end(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-    return logits.index_fill(-1, torch.tensor([0, 1], device=logits.device), -1e4)
+    return torch.cat([torch.full_like(logits[..., :2], -1e4), logits[..., 2:]], -1)
 
 
 @contextmanager

@@ -18,13 +18,13 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from . import replay
 from .prefix import Prefix, cache_of, layers_of
 from .prefix import positions as positions_of
 
@@ -32,9 +32,6 @@ from .prefix import positions as positions_of
 # Rows [A] that go on, positions [A, k] and what was read there [A, k, ...], logits first -> the tokens they say [A, k], and of
 # each what is to be added up along the completion, [A, k, quantities].
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# Tokens [A, k] with the attention [A, S] up to them, and keys and values of what came before -> what a model makes of them,
-# [A, k, ...].
-Forward = Callable[[Tensor, Tensor, DynamicCache], Tensor]
 
 # Streams of the counter: noise of different use must not repeat.
 SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL, HINDSIGHT_OTHERS, WHICH_OTHER = range(7)
@@ -186,14 +183,14 @@ class Steering:
     """What tilts every token of R rows while it is drawn, within a budget per completion.
 
     Attributes:
-        read: what a model makes of the tokens, as far as `tilt` needs it.
+        model: reads the tokens.
         prefix: the prompts as it has read them, R rows.
         tilt: rows [A], positions [A, k], what was read before them [A, k, H], and log mu there [A, k, V] -> the tilt there.
         kl_budget: nats, sum_t KL(q_t || mu_t) of a completion. A token whose tilt would cost more than is left is drawn without,
             and what is left stays for those that follow.
     """
 
-    read: Forward
+    model: PreTrainedModel
     prefix: Prefix
     tilt: Callable[[Tensor, Tensor, Tensor, Tensor], Tilt]
     kl_budget: float
@@ -232,6 +229,13 @@ def sample(
     then filled with these q_t."""
     rows = keys.shape[0]
     spent = torch.zeros(rows, device=keys.device)
+    models, prefixes = [model], [prefix]
+    if steering is not None:
+        models, prefixes = [model, steering.model], [prefix, steering.prefix]
+    replayed = all(replay.fits(model) for model in models)
+    kept = drawn_from
+    if drawn_from is not None and replayed:  # a finished row goes on unseen, behind its end
+        kept = TokenTargets(*(torch.cat([x, x[:, -1:]], 1) for x in (drawn_from.ids, drawn_from.log_q, drawn_from.kl)))
 
     def choose(active: Tensor, positions: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         log_mu = base.log_probs(read[..., :width])
@@ -245,23 +249,30 @@ def sample(
         values = torch.where(paid[..., None], tilt.values, 0.0)
         price, shift = torch.where(paid, price, 0.0), torch.where(paid, shift, 0.0)
         spent[active] += price[:, 0]
-        if drawn_from is not None:
+        if kept is not None:
             at = (active[:, None], positions)
-            drawn_from.ids[at], drawn_from.kl[at] = tilt.ids, price
-            drawn_from.log_q[at] = tilted(with_rest(log_mu, tilt.ids), torch.nn.functional.pad(values, (0, 1)))
+            kept.ids[at], kept.kl[at] = tilt.ids, price
+            kept.log_q[at] = tilted(with_rest(log_mu, tilt.ids), torch.nn.functional.pad(values, (0, 1)))
         tokens = (log_mu + noise).scatter_add(-1, tilt.ids, values).argmax(-1)
         ratio = (values * (tilt.ids == tokens[..., None])).sum(-1) - shift
         return tokens, torch.stack([log_mu.gather(-1, tokens[..., None])[..., 0], price, ratio], -1)
 
     ids = torch.full((rows, max_new_tokens), pad_id, device=keys.device)
     start = torch.zeros(rows, dtype=torch.int64, device=keys.device)
-    first = cast(Tensor, prefix.logits)[prefix.rows]
-    width, reader = first.shape[-1], _Reader([(partial(_forward, model), prefix.cache())])
-    if steering is not None:
-        reader.parts.append((steering.read, steering.prefix.cache()))
-        first = torch.cat([first, cast(Tensor, steering.prefix.logits)[steering.prefix.rows]], -1)
-    totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
+    firsts = [cast(Tensor, read.logits)[read.rows] for read in prefixes]
+    width, first = firsts[0].shape[-1], torch.cat(firsts, -1)
+    if replayed:
+        caches = [replay.Slots(read, 0, max_new_tokens + 1) for read in prefixes]
+        alive = torch.ones_like(start, dtype=torch.bool)
+        totals = replay.carry_on(models, caches, ids, start, alive, choose, eos_ids, first=first)
+    else:
+        reader = _Reader(models, [read.cache() for read in prefixes])
+        totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
     mask = completion_mask(ids, eos_ids)
+    if drawn_from is not None and kept is not drawn_from:
+        for name in ("ids", "log_q", "kl"):
+            room, found = getattr(drawn_from, name), getattr(kept, name)[:, :-1]
+            room.copy_(torch.where(mask.view(*mask.shape, *[1] * (room.ndim - 2)), found, room))
     logprobs, nats, log_ratio = totals.unbind(1) if steering is not None else (totals[:, 0], spent, spent)
     return Decoded(ids, mask, logprobs, nats, log_ratio, mask.sum(1))
 
@@ -273,21 +284,26 @@ class Tables:
     Attributes:
         log_mu: [R, T, V] log mu at every position of the completion.
         cache: keys and values of prompt and completion.
-        attention: [R, P + T] bool.
+        attention: [R, P + T] bool, of a cache that has both in one row.
     """
 
     log_mu: Tensor
-    cache: DynamicCache
+    cache: DynamicCache | replay.Slots
     attention: Tensor
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor, base: BaseDistribution) -> Tables:
     """log mu at every position of completions [R, T] of the prompts, in one forward."""
-    attention, cache = prefix.attention(mask), prefix.cache()
-    after = _forward(model, ids, attention, cache)[:, :-1]
-    logits = torch.cat([cast(Tensor, prefix.logits)[prefix.rows][:, None], after], 1)
-    return Tables(base.log_probs(logits), cache, attention)
+    attention, first = prefix.attention(mask), cast(Tensor, prefix.logits)[prefix.rows][:, None]
+    cache: DynamicCache | replay.Slots
+    if replay.fits(model):
+        cache = replay.Slots(prefix, 0, ids.shape[1])
+        after = replay.read(model, cache, ids)
+    else:
+        cache = prefix.cache()
+        after = _forward(model, ids, attention, cache)
+    return Tables(base.log_probs(torch.cat([first, after[:, :-1]], 1)), cache, attention)
 
 
 def tilted(log_mu: Tensor, tilt: Tensor) -> Tensor:
@@ -403,11 +419,11 @@ def redecode(
     new_ids[:, :length] = verified
 
     ended = torch.isin(new_ids.gather(1, first[:, None])[:, 0], eos_ids) | (first == ids.shape[1] - 1)
-    go = (changed & ~ended).nonzero()[:, 0]
-    if len(go):
-        cache, attention = _right_align(tables.cache, tables.attention, go, tables.attention.shape[1] - length + first[go])
-        attention = torch.cat([attention, attention.new_ones(len(go), 1)], 1)
-        logits = _forward(model, new_ids[go, first[go]][:, None], attention, cache)[:, -1]
+    goes_on = changed & ~ended
+    # Where a batch keeps its shape, all rows stay in it.
+    replayed = isinstance(tables.cache, replay.Slots)
+    go = torch.arange(len(ids), device=ids.device) if replayed else goes_on.nonzero()[:, 0]
+    if goes_on.any():
 
         def choose(active: Tensor, positions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
             r, at = go[active][:, None], positions.clamp(max=length - 1)
@@ -422,13 +438,20 @@ def redecode(
             said = (log_mu + z).scatter_add(-1, tilt.ids[r, at], values).argmax(-1)
             return said, _quantities(log_mu, tilt.ids[r, at], values, said)
 
-        # Wrong guesses leave gaps, which a window that counts slots would take for tokens.
-        slots = attention.shape[1] + lookahead * ids.shape[1]
-        ahead = lookahead if slots <= _window(model) else 1
-        continued = new_ids[go]
-        reader = _Reader([(partial(_forward, model), cache)])
-        totals[go] += _continue(reader, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead)
-        new_ids[go] = continued
+        if isinstance(tables.cache, replay.Slots):
+            totals += replay.carry_on(
+                [model], [tables.cache], new_ids, first + 1, goes_on, choose, eos_ids, draft=ids, lookahead=lookahead
+            )
+        else:
+            cache, attention = _right_align(tables.cache, tables.attention, go, tables.attention.shape[1] - length + first[go])
+            attention = torch.cat([attention, attention.new_ones(len(go), 1)], 1)
+            logits = _forward(model, new_ids[go, first[go]][:, None], attention, cache)[:, -1]
+            # Wrong guesses leave gaps, which a window that counts slots would take for tokens.
+            slots = attention.shape[1] + lookahead * ids.shape[1]
+            ahead = lookahead if slots <= _window(model) else 1
+            continued, reader = new_ids[go], _Reader([model], [cache])
+            totals[go] += _continue(reader, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead)
+            new_ids[go] = continued
     new_mask = completion_mask(new_ids, eos_ids)
     logprobs, spent, log_ratio = totals.unbind(1)
     return Decoded(
@@ -507,29 +530,31 @@ def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
-    """Logits of the last `keep` positions, 0: of all. Position ids count real tokens: learned positions need it under padding."""
-    return model(
+    """Logits of the last `keep` positions, 0: of all; or the hidden states of a model without a head. Position ids count real
+    tokens: learned positions need it under padding."""
+    out = model(
         input_ids=ids,
         attention_mask=attention.long(),
         position_ids=positions_of(attention, ids.shape[1]),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=keep,
-    ).logits
+        **({"logits_to_keep": keep} if keep else {}),
+    )
+    return cast(Tensor, out[0])
 
 
 class _Reader:
     """Models that read the same tokens, each with keys and values of its own; what they make of them stands side by side."""
 
-    def __init__(self, parts: list[tuple[Forward, DynamicCache]]) -> None:
-        self.parts = parts
+    def __init__(self, models: Sequence[PreTrainedModel], caches: Sequence[DynamicCache]) -> None:
+        self.models, self.caches = models, caches
 
     def __call__(self, ids: Tensor, attention: Tensor) -> Tensor:
-        found = [forward(ids, attention, cache) for forward, cache in self.parts]
+        found = [_forward(model, ids, attention, cache) for model, cache in zip(self.models, self.caches, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def keep(self, rows: Tensor) -> None:
-        for _, cache in self.parts:
+        for cache in self.caches:
             cache.batch_select_indices(rows)
 
 

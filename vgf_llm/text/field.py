@@ -141,7 +141,7 @@ class GradientField(nn.Module):
             ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1).indices
             return decode.Tilt(ids, scale * gain(gradient, log_mu, ids, table))
 
-        return decode.Steering(self._hidden, prefix, tilt, kl_budget)
+        return decode.Steering(self.backbone, prefix, tilt, kl_budget)
 
     def _hidden(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None) -> Tensor:
         out = self.backbone(
