@@ -1,7 +1,8 @@
 """What a transported particle costs beside a sampled one: seconds of every stage, and how they grow.
 
     python -m benchmarks.speed                     small random models, on whatever torch finds
-    python -m benchmarks.speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 80 GB
+    python -m benchmarks.speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 141 GB; no grids
+    python -m benchmarks.speed --compile           also flow and sampling of models that torch.compile has compiled
 
 Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
 end at the limit only. Along a gradient field, which is as large as a reward model or has half its layers, particles move while
@@ -10,7 +11,7 @@ Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the pa
 one forward, gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios
 are of runs in turns.
 
-Writes benchmarks/results/speed.json (speed_cuda.json on a GPU) and docs/img/speed.png.
+Writes benchmarks/results/speed.json and docs/img/speed.png; speed_2.8b_cuda.json and so on for another preset and on a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +49,7 @@ from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 from vgf_llm.text.field import SCALES, GradientField, first_layers
-from vgf_llm.text.prefix import ROOM
+from vgf_llm.text.prefix import ROOM, left_pad
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +70,13 @@ class Load:
     movers: int | None = None
 
 
-PRESETS: dict[str, tuple[dict[str, int], Load]] = {
-    "small": ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}, Load()),
+# Shape of the models, what is asked for, and completions in memory at once.
+PRESETS: dict[str, tuple[dict[str, int], Load, int]] = {
+    "small": ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}, Load(), 10**6),
     "2.8b": (
         {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32},
         Load(prompts=16, prompt_length=512, length=128),
+        128,
     ),
 }
 VOCABULARY = {"small": 2048, "2.8b": 50_254}
@@ -155,7 +159,7 @@ def now(device: torch.device) -> float:
 
 def measure(sampler: VGFSampler, words: list[str], load: Load, repeats: int) -> dict[str, Any]:
     """Smallest total of `repeats` runs, with its stages, tokens decoded and peak memory (GPU only)."""
-    prompts = [" ".join(words[(i * 31 + j) % len(words)] for j in range(load.prompt_length)) for i in range(load.prompts)]
+    prompts = prompts_of(words, load)
     budget = TransportBudget(steps=load.steps, step_size=0.5, kl_budget=load.kl_budget, rounds=load.rounds)
     sampler.movers = load.movers
     device, best = sampler.model.device, None
@@ -209,20 +213,79 @@ def floors(device: str) -> dict[str, float]:
 
 
 def shares(sampler: VGFSampler, load: Load, measured: Mapping[str, float], floor: Mapping[str, float]) -> dict[str, float]:
-    """Flow as a share of the matmul peak; sampling as a share of what reading the weights once per token would take.
-
-    The flow of a member is a forward and a backward to its inputs, 4 FLOPs per weight and token of the completion: no gradient of
-    a weight, and prompts are read once.
-    """
-    members = sampler.reward.members
-    weights = sum(p.numel() for m in members for n, p in m.named_parameters() if "embed" not in n)
-    tokens = load.prompts * load.num_particles * load.length
-    flop = 4 * weights * tokens * load.steps * load.rounds
-    bytes_read = sum(p.nbytes for n, p in sampler.model.named_parameters() if "embed_in" not in n) * load.length
+    """Flow as a share of the matmul peak, sampling as a share of the bandwidth, and tokens that it draws in a second."""
+    steps = load.steps * load.rounds
     return {
-        "flow_of_peak": flop / (floor["tflops"] * 1e12) / measured["flow"],
-        "sampling_of_bandwidth": bytes_read / (floor["gb_per_s"] * 1e9) / measured["sample"],
+        "flow_of_peak": steps * flow_flop(sampler, load) / (floor["tflops"] * 1e12) / measured["flow"],
+        "sampling_of_bandwidth": sampling_bytes(sampler, load) / (floor["gb_per_s"] * 1e9) / measured["sample"],
+        "sampled_tokens_per_s": load.prompts * load.num_particles * load.length / measured["sample"],
     }
+
+
+def flow_flop(sampler: VGFSampler, load: Load) -> float:
+    """Of one step: a forward and a backward of every member to its inputs, 4 FLOPs per weight and token of the completions. There
+    is no gradient of a weight, prompts are read once, and products of queries and keys are left out."""
+    weights = sum(p.numel() for m in sampler.reward.members for n, p in m.named_parameters() if "embed" not in n)
+    return 4.0 * weights * load.prompts * load.num_particles * load.length
+
+
+def sampling_bytes(sampler: VGFSampler, load: Load) -> float:
+    """What must be read to draw all completions: for every token the weights, keys and values of each prompt once, and those of
+    each completion so far."""
+    config, dtype = sampler.model.config, sampler.model.dtype
+    weights = sum(p.nbytes for n, p in sampler.model.named_parameters() if "embed_in" not in n)
+    token = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    prompts = load.prompts * load.prompt_length * token
+    own = load.prompts * load.num_particles * (load.length + 1) / 2 * token
+    return load.length * (weights + prompts + own)
+
+
+def compiled(sampler: VGFSampler, words: list[str], load: Load, floor: Mapping[str, float]) -> dict[str, float]:
+    """Flow and sampling of models that `torch.compile` has compiled, and what compiling them took."""
+    device = sampler.model.device
+    ids, mask = left_pad([sampler.encode([prompt], load.length)[0] for prompt in prompts_of(words, load)], 0, device)
+    every = torch.arange(load.prompts, device=device).repeat_interleave(load.num_particles)
+    said = torch.randint(2, len(words), (len(every), load.length), device=device)
+    keys = torch.cat([decode.row_keys(0, [row], load.num_particles) for row in ids.tolist()]).to(device)
+    found: dict[str, float] = {}
+
+    def clock(name: str, work: Callable[[], Any]) -> None:
+        seconds = []
+        for _ in range(4):
+            started = now(device)
+            work()
+            seconds.append(now(device) - started)
+        found[name], found[f"{name}_first"] = min(seconds[1:]), seconds[0]
+
+    with torch.no_grad():
+        theirs = sampler.reward.read(ids, mask).deal(every).spread(load.length)
+        prefix = decode.read_prompts(sampler.model, ids, mask).deal(every)
+    flow = (ids[every], mask[every], sampler.reward.embed(said), torch.ones_like(said, dtype=torch.bool), theirs)
+    clock("flow_plain", lambda: sampler.reward.value_and_grad(*flow))
+    for member in sampler.reward.members:
+        member.base_model.compile()
+    clock("flow", lambda: sampler.reward.value_and_grad(*flow))
+    found["flow_of_peak"] = flow_flop(sampler, load) / (floor["tflops"] * 1e12) / found["flow"]
+    draw = partial(
+        decode.sample,
+        sampler.model,
+        prefix,
+        keys,
+        base=sampler.base,
+        max_new_tokens=load.length,
+        eos_ids=sampler.eos_ids,
+        pad_id=0,
+    )
+    clock("sample_plain", draw)
+    sampler.model.compile()
+    clock("sample", draw)
+    found["sampling_of_bandwidth"] = sampling_bytes(sampler, load) / (floor["gb_per_s"] * 1e9) / found["sample"]
+    found["sampled_tokens_per_s"] = said.numel() / found["sample"]
+    return found
+
+
+def prompts_of(words: list[str], load: Load) -> list[str]:
+    return [" ".join(words[(i * 31 + j) % len(words)] for j in range(load.prompt_length)) for i in range(load.prompts)]
 
 
 def row_bytes(shape: Mapping[str, int], words: int, load: Load, size: int) -> dict[str, float]:
@@ -243,7 +306,7 @@ def row_bytes(shape: Mapping[str, int], words: int, load: Load, size: int) -> di
 
 def peak(rows: int, preset: str) -> float:
     """Bytes that a call with so many completions in flight takes at its peak, on a CPU, in a process of its own."""
-    shape, load = PRESETS[preset]
+    shape, load, _ = PRESETS[preset]
     sampler, _, words = build(shape, VOCABULARY[preset], "cpu", 1)
     measure(sampler, words, replace(load, prompts=1, num_particles=1), 1)
     before = high_water()
@@ -263,7 +326,7 @@ def memory(preset: str) -> dict[str, Any]:
     few, many = 64, 192
     with context.Pool(1, maxtasksperchild=1) as pool:
         taken = [pool.apply(peak, (rows, preset)) for rows in (few, many)]
-    shape, load = PRESETS[preset]
+    shape, load, _ = PRESETS[preset]
     parts = row_bytes(shape, VOCABULARY[preset], load, 4)
     return {"measured_per_row": (taken[1] - taken[0]) / (many - few), "formula_per_row": sum(parts.values()), "parts": parts}
 
@@ -283,11 +346,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--members", type=int, default=1, help="reward models")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--patience", type=float, default=100.0, help="a grid ends behind the first point of so many seconds")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, load = PRESETS[args.preset]
+    shape, load, rows = PRESETS[args.preset]
     precisions = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16") if fast_bfloat16() else ("float32",)
     built = {p: build(shape, VOCABULARY[args.preset], device, args.members, getattr(torch, p)) for p in precisions}
     cases = {
@@ -301,8 +365,16 @@ def main() -> None:
         "best-of-64": replace(load, num_particles=64, steps=0),
         "best-of-N": replace(load, steps=0),
     }
-    blocks: dict[tuple[str, int], dict[str, Any]] = {(p, count): {} for p in precisions for count in (load.prompts, 1)}
+    if args.preset != "small":  # what takes longest and says least
+        cases = {
+            name: case
+            for name, case in cases.items()
+            if name not in ("seven rounds of two movers, L = 1", "16 drawn along a field")
+        }
+    counts = (load.prompts, 1) if args.preset == "small" else (load.prompts,)
+    blocks: dict[tuple[str, int], dict[str, Any]] = {(p, count): {} for p in precisions for count in counts}
     for sampler, _, words in built.values():
+        sampler.flow_batch_size = rows
         measure(sampler, words, replace(load, length=8), 1)  # warm up
     for _ in range(args.repeats):  # in turns
         for (precision, count), stages in tqdm(blocks.items(), desc="stages", leave=False):
@@ -315,7 +387,7 @@ def main() -> None:
     sampler, _, words = built[precisions[0]]
     sampler.field = None
     grids: dict[str, list[dict[str, Any]]] = {}
-    for field, whole in GRIDS.items():
+    for field, whole in GRIDS.items() if args.preset == "small" else ():
         small = replace(load, prompts=2, num_particles=4) if field != "prompts" else replace(load, num_particles=4)
         grids[field] = []
         for value in tqdm(whole, desc=field, leave=False):
@@ -335,6 +407,7 @@ def main() -> None:
         ],
         "floors": floor,
         "shares": shares(sampler, load, blocks[precisions[0], load.prompts]["one round, all particles"], floor),
+        "compiled": None,
         "grids": grids,
         "machine": {
             "processor": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
@@ -342,9 +415,13 @@ def main() -> None:
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    name = "speed.json" if device == "cpu" else "speed_cuda.json"
+    name = f"speed{'' if args.preset == 'small' else '_' + args.preset}{'' if device == 'cpu' else '_cuda'}.json"
     write_report(ROOT / "benchmarks" / "results" / name, report)
-    plot(grids, ROOT / "docs" / "img" / name.replace("json", "png"))
+    if args.compile:
+        report["compiled"] = compiled(sampler, words, load, floor)
+        write_report(ROOT / "benchmarks" / "results" / name, report)
+    if grids:
+        plot(grids, ROOT / "docs" / "img" / name.replace("json", "png"))
     show(report, Console(width=140))
 
 
@@ -384,7 +461,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             table.add_row(name, *(f"{found[c]:.2f}" for c in (*STAGES, "other", "total", "generations")))
         console.print(table)
         console.print(json.dumps(block["ratios"], indent=2))
-    console.print(json.dumps(report["shares"], indent=2))
+    console.print(json.dumps({"shares": report["shares"], "compiled": report["compiled"]}, indent=2))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def test_samples_tables_and_moved_completions_are_the_same(case):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replay, "fits", replay.plain if on else lambda model: False)
             prefix = prompts_of(model, prompts, n, pad, rng.randint(0, 2)).deal(keep)
-            drawn = decode.sample(
-                model, prefix, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad
-            )
+            drawn = decode.sample(model, prefix, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
             width = int(drawn.mask.sum(1).max())
             tables = decode.read(model, prefix, drawn.ids[:, :width], drawn.mask[:, :width], base)
             assert isinstance(tables.cache, replay.Slots) == on

@@ -32,19 +32,42 @@ class Prefix:
         states: one entry per model: keys and values [B, heads, P, size] of every layer.
         logits: [B, V] at the last token of each prompt; None for models that say none.
         rows: [R] which prompt each row continues.
+        room: tokens that there is memory for behind each prompt in `states`; 0: none.
     """
 
     mask: Tensor
     states: Sequence[Layers]
     logits: Tensor | None
     rows: Tensor
+    room: int = 0
 
     def deal(self, rows: Tensor) -> Prefix:
         """The same prompts for other rows: `rows` [R'] are indices of the rows of this prefix."""
         return replace(self, rows=self.rows[rows])
 
+    def spread(self, room: int) -> Prefix:
+        """The same rows, each with a copy of its prompt and memory for `room` tokens behind it.
+
+        Every forward behind it writes over what the last one wrote, and copies no prompt: the steps of a flow take turns. A
+        backward has to come before the next forward, and no row may be dealt any more.
+        """
+
+        def copied(x: Tensor) -> Tensor:
+            memory = x.new_empty(len(self.rows), x.shape[1], x.shape[2] + room, x.shape[3])
+            memory[:, :, : x.shape[2]] = x[self.rows]
+            return memory
+
+        states = [[(copied(keys), copied(values)) for keys, values in layers] for layers in self.states]
+        logits = None if self.logits is None else self.logits[self.rows]
+        return Prefix(self.mask[self.rows], states, logits, torch.arange(len(self.rows), device=self.rows.device), room)
+
     def cache(self, model: int = 0) -> DynamicCache:
-        """Keys and values of every row's prompt, to be continued; its own tensors, so that nothing here changes."""
+        """Keys and values of every row's prompt, to be continued; its own tensors, so that nothing here changes, but for the
+        memory behind the prompts."""
+        if self.room:
+            cache = DynamicCache()
+            cache.layers = [_SpreadLayer(keys, values, self.mask.shape[1]) for keys, values in self.states[model]]
+            return cache
         return cache_of([(keys[self.rows], values[self.rows]) for keys, values in self.states[model]])
 
     def attention(self, mask: Tensor) -> Tensor:
@@ -106,6 +129,38 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (memory[:, :, :size] for memory in self._memory)
         self._given = self.keys
         return self.keys, self.values
+
+
+class _SpreadLayer(DynamicLayer):
+    """Keys and values of prompts of `length` tokens, at the front of memory [R, heads, S, size] that what follows is written to."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._memory = (keys, values)
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What is held, and these behind it. [R, heads, S, size] each."""
+        start = self.get_seq_length()
+        self.keys, self.values = (
+            _Write.apply(memory, new, start) for memory, new in zip(self._memory, (key_states, value_states), strict=True)
+        )
+        return self.keys, self.values
+
+
+class _Write(torch.autograd.Function):
+    """memory[:, :, :start] and `new` behind it, where it is written: a gradient belongs to `new` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, new: Tensor, start: int) -> Tensor:
+        ctx.start, end = start, start + new.shape[2]
+        memory[:, :, start:end] = new
+        return memory[:, :, :end]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        return None, gradient[:, :, ctx.start :], None
 
 
 def positions(attention: Tensor, count: int) -> Tensor:

@@ -544,7 +544,8 @@ class VGFSampler:
         length = int(state.mask.sum(1).max())
         ids, mask = state.ids[:, :length], state.mask[:, :length]
         tables = decode.read(self.model, chunk.prefix.deal(rows), ids, mask, self.base)
-        prompt_ids, prompt_mask, prefix = chunk.prompt_ids[rows], chunk.prompt_mask[rows], self._reward_prefix(chunk).deal(rows)
+        prompt_ids, prompt_mask = chunk.prompt_ids[rows], chunk.prompt_mask[rows]
+        prefix = self._reward_prefix(chunk).deal(rows).spread(length)
         tokens, table = self.reward.embed(ids), self.reward.table
         moves = mask & ~torch.isin(ids, self.eos_ids)
         mixture = tables.log_mu.exp() @ table
