@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vgf_llm.text import decode
+from tests import tiny
+from vgf_llm.text import DifferentiableReward, decode
 from vgf_llm.text.prefix import ROOM, cache_of, layers_of
 
 
@@ -87,3 +88,23 @@ def test_rows_leave_when_a_quarter_is_finished_and_not_one_by_one():
         assert ids[k].tolist() == [5] * k + [end] + [9] * (length - k - 1)
     assert [count for name, count in calls if name == "keep"] == [6, 4, 3, 2, 1]
     assert [count for name, count in calls if name == "read"] == [8, 6, 6, 4, 3, 2, 1]
+
+
+def test_steps_of_a_flow_share_one_copy_of_the_prompts():
+    """Values and gradients are those of prompts that are copied anew, step after step, with shorter completions in between."""
+    tokenizer = tiny.tokenizer()
+    reward = DifferentiableReward([tiny.reward_model("gpt_neox", 21, seed=s) for s in (0, 1)], tokenizer)
+    prompt_ids, prompt_mask = tiny.pad_left([[5, 6, 7], [8]], 0, 1)
+    rows = torch.tensor([0, 0, 1, 1, 1])
+    with torch.no_grad():
+        prefix = reward.read(prompt_ids, prompt_mask).deal(rows)
+    shared = prefix.spread(4)
+    places = [keys.data_ptr() for layers in shared.states for keys, _ in layers]
+    generator = torch.Generator().manual_seed(0)
+    for length in (4, 4, 2, 4):
+        embeds = torch.randn(5, length, reward.width, generator=generator)
+        mask = torch.arange(length) < torch.tensor([4, 2, 1, 4, 3])[:, None]
+        given = (prompt_ids[rows], prompt_mask[rows], embeds, mask)
+        for ours, theirs in zip(reward.value_and_grad(*given, shared), reward.value_and_grad(*given, prefix), strict=True):
+            assert torch.equal(ours, theirs)
+    assert places == [keys.data_ptr() for layers in shared.states for keys, _ in layers]

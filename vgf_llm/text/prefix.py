@@ -132,7 +132,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 class _SpreadLayer(DynamicLayer):
-    """Keys and values of prompts of `length` tokens, at the front of memory [R, heads, S, size] that what follows is written to."""
+    """Keys and values of prompts of `length` tokens, at the front of memory [R, heads, S, size] for what follows."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()

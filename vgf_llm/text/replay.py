@@ -22,14 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .prefix import Prefix
 
 
-try:
-    from . import kernels
-except ImportError:  # no Triton: torch has it where it has CUDA, but on Linux alone
-    kernels = None  # type: ignore[assignment]
-
 ATTENTION = "vgf_shared_prompts"
-# From so many tokens per row on, products of matrices are as fast as kernels that hold few queries.
-FEW = 16
+# Completions are attended to in whole multiples of so many slots: one graph for each.
+SLOTS = 64
 # Completions are read in blocks of so many tokens, whose scores are held for all of them at once.
 BLOCK = 128
 # Replays between two looks at whether anything goes on, for each of which the GPU waits.
@@ -92,12 +87,13 @@ class Slots(Cache):
         self.lengths = mask.sum(1).repeat_interleave(len(prefix.rows) // len(heads))  # [R]
         own = len(heads) == len(prefix.mask) and bool((heads == torch.arange(len(heads), device=heads.device)).all())
         self.prompts = states if own else [(keys[heads], values[heads]) for keys, values in states]  # [G, heads, P, size]
-        self.seen = mask.to(torch.int8)  # [G, P]
+        dtype = self.prompts[0][0].dtype
         # Masks are numbers that a product of queries and keys starts from.
-        self.mask = _additive(mask, self.prompts[0][0].dtype)[:, None]  # [G, 1, P]
+        self.mask = _additive(mask, dtype)[:, None]  # [G, 1, P]
         rows = len(self.lengths)
         self.places = self.lengths.new_zeros(rows, 1)  # [R, w] slots of the tokens that are read
         self.rows = torch.arange(rows, device=mask.device)[:, None, None]
+        self.limit = capacity
         super().__init__(layers=[_Slots(self, keys, rows, capacity) for keys, _ in self.prompts])
 
     def grow(self, capacity: int) -> None:
@@ -105,12 +101,11 @@ class Slots(Cache):
         for layer in cast("list[_Slots]", self.layers):
             layer.grow(capacity)
 
-    def read(self, model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:
-        """What a model makes of tokens [R, w] that stand in the slots `places` [R, w], [R, w, ...]; they see the slots up to
-        their own."""
-        self.places = places
-        capacity = cast("list[_Slots]", self.layers)[0].capacity
-        seen = torch.arange(capacity, device=ids.device) <= places[:, None, :, None]
+    def read(self, model: nn.Module, ids: Tensor, places: Tensor, limit: int) -> Tensor:
+        """What a model makes of tokens [R, w] that stand in the slots `places` [R, w], [R, w, ...]; they see the slots before
+        them, of which the first `limit` are looked at."""
+        self.places, self.limit = places, limit
+        seen = torch.arange(limit, device=ids.device) <= places[:, None, :, None]
         mask, positions = _additive(seen, self.mask.dtype), self.lengths[:, None] + places
         # `slots` is handed through to `attend`, which gets keys and values, and not the cache they come from.
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self, use_cache=True, slots=self)
@@ -131,20 +126,18 @@ class _Slots(CacheLayerMixin):
         self.is_initialized = True
 
     def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            held, more = cast("tuple[Tensor, Tensor]", (self.keys, self.values)), capacity - self.capacity
+        held = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        more = capacity - held[0].shape[2]
+        if more > 0:
             self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in held)
-
-    @property
-    def capacity(self) -> int:
-        return cast(Tensor, self.keys).shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held, slots = cast("tuple[Tensor, Tensor]", (self.keys, self.values)), self.owner
         for memory, new in zip(held, (key_states, value_states), strict=True):
             # Not `scatter_`, which torch.compile turns into a copy of all there is.
             memory.index_put_((slots.rows, self.heads, slots.places[:, None]), new)
-        return held
+        limit = slots.limit
+        return held[0][:, :, :limit], held[1][:, :, :limit]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is left to do."""
@@ -186,10 +179,6 @@ def attend(
     rows, heads, width, size = query.shape
     groups, kv, length = their_keys.shape[:3]
     scaling = size**-0.5 if scaling is None else scaling
-    if query.is_cuda and width <= FEW and kernels is not None:
-        prompts = (their_keys.contiguous(), their_values.contiguous())
-        places = slots.places.contiguous()
-        return kernels.attention(query, key, value, places, *prompts, slots.seen, scaling), None
     # Queries that look at the same keys side by side: those of one row, [R * kv, q, size], and of all rows of a prompt, [G * kv,
     # n * q, size].
     n, q = rows // groups, heads // kv * width
@@ -220,7 +209,7 @@ def read(model: PreTrainedModel, cache: Slots, ids: Tensor) -> Tensor:
     with shared_prompts([model]):
         for start in range(0, ids.shape[1], BLOCK):
             block = slice(start, start + BLOCK)
-            parts.append(cache.read(model, ids[:, block], places[:, block]))
+            parts.append(cache.read(model, ids[:, block], places[:, block], min(start + BLOCK, ids.shape[1])))
     return torch.cat(parts, 1)
 
 
@@ -274,28 +263,35 @@ def carry_on(
         positions.add_(count)
         alive.logical_and_(~ends.gather(1, last)[:, 0] & (positions < length))
 
-    def step() -> None:
+    def step(limit: int) -> None:
         places = (positions - 1)[:, None] + ahead
         block = torch.cat([said, guess], 1)
-        read = [cache.read(model, block, places) for model, cache in zip(models, caches, strict=True)]
+        read = [cache.read(model, block, places, limit) for model, cache in zip(models, caches, strict=True)]
         take(read[0] if len(read) == 1 else torch.cat(read, -1), guess)
         guess.copy_(_guess(draft, positions, width, length))
 
+    reach = int(positions.max())
     if first is not None:
         take(first[:, None], guess)
-    graph: torch.cuda.CUDAGraph | None = None
+        reach += 1
+    seen: set[int] = set()
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
     with shared_prompts(models):
         for index in range(length):
             if index % PATIENCE == 0 and not alive.any():
                 break
-            if index == 0 or ids.device.type != "cuda":
-                step()  # in earnest, and so that nothing is left to be set up while kernels are recorded
+            # No row has got further than it would have with every guess right.
+            limit = min(length + width, -(-(reach + width) // SLOTS) * SLOTS)
+            reach += width
+            if limit not in seen or ids.device.type != "cuda":
+                step(limit)  # in earnest, and so that nothing is left to be set up while kernels are recorded
+                seen.add(limit)
                 continue
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-            graph.replay()
+            if limit not in graphs:
+                graphs[limit] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[limit]):
+                    step(limit)
+            graphs[limit].replay()
     ids.copy_(said_so_far[:, :length])
     assert totals is not None
     return totals
