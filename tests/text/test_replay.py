@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.decoding import prompts_of
@@ -136,5 +137,19 @@ def test_what_attention_cannot_do_is_said():
         layer_idx = 0
 
     x = torch.zeros(1, 1, 1, 2)
-    with pytest.raises(NotImplementedError, match="eager"):
-        replay.attend(Module(), x, x, x, x, slots=None, softcap=2.0)
+    for missing in ({"softcap": 2.0}, {"dropout": 0.1}, {}):
+        with pytest.raises(NotImplementedError, match="eager"):
+            replay.attend(Module(), x, x, x, x, slots=None, **missing)
+
+
+def test_a_model_with_adapters_is_the_same(fixed_shapes):
+    tokenizer = tiny.tokenizer()
+    ids = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    model = tiny.language_model("llama", len(tokenizer), **ids)
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+    reward, found = tiny.counting_reward(tokenizer), []
+    for on in (True, False):
+        fixed_shapes(on)
+        found.append(VGFSampler(adapted, reward, tokenizer).sample(["the food was", "good"], 4, PLAIN, 12, seed=1))
+    assert found[0].transported.completion_ids == found[1].transported.completion_ids
+    torch.testing.assert_close(found[0].transported.logprobs, found[1].transported.logprobs, atol=1e-4, rtol=1e-4)

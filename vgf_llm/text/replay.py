@@ -35,24 +35,26 @@ Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model is on a GPU and attends to all that came before by transformers' `sdpa`.
+    """Whether a model is on one GPU and can be read in this way.
 
-    Load it with another `attn_implementation`, and it is read as on a CPU.
+    Load it with another `attn_implementation` than `sdpa`, and it is read as on a CPU.
     """
-    return model.device.type == "cuda" and plain(model)
+    return model.device.type == "cuda" and len({p.device for p in model.parameters()}) == 1 and plain(model)
 
 
 def plain(model: PreTrainedModel) -> bool:
-    """Whether every layer attends to all that came before, with nothing but a mask, by transformers' `sdpa`."""
+    """Whether every layer attends to all that came before, with nothing but a mask, by transformers' `sdpa`, and the forward asks
+    nothing of its tensors that a recorded graph could not know."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    limits = ("sliding_window", "attention_chunk_size") if getattr(config, "layer_types", None) is None else ()
-    others = (*limits, "attn_logit_softcapping")
+    kinds = getattr(config, "layer_types", None)
+    limits = ("attn_logit_softcapping",) if kinds else ("attn_logit_softcapping", "sliding_window", "attention_chunk_size")
     return (
-        all(kind == "full_attention" for kind in kinds)
-        and all(getattr(config, name, None) is None for name in others)
+        all(kind == "full_attention" for kind in kinds or ())
+        and all(getattr(config, name, None) is None for name in limits)
         and config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
+        and model._can_compile_fullgraph
+        and not getattr(model, "is_quantized", False)
     )
 
 
@@ -151,6 +153,8 @@ class _Slots(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # what it was called in transformers 5.0
+
 
 def attend(
     module: nn.Module,
@@ -158,7 +162,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
-    slots: Slots,
+    slots: Slots | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -172,9 +176,12 @@ def attend(
         scaling: default 1 / sqrt(size).
         dropout: must be 0.
     """
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError(f"{type(module).__name__}: dropout, soft caps and sinks are not shared; load the model with "
-                                  'attn_implementation="eager"')  # fmt: skip
+    # GPT-2 of transformers 5.0 hands nothing on.
+    if slots is None or dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} cannot be decoded with shared prompts (dropout, a soft cap, sinks, or keywords that do not "
+            'get here): load the model with attn_implementation="eager"'
+        )
     their_keys, their_values = slots.prompts[cast(int, module.layer_idx)]
     rows, heads, width, size = query.shape
     groups, kv, length = their_keys.shape[:3]
@@ -289,7 +296,8 @@ def carry_on(
                 continue
             if limit not in graphs:
                 graphs[limit] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graphs[limit]):
+                # Other threads may go on: that of a server, that which watches NCCL.
+                with torch.cuda.graph(graphs[limit], capture_error_mode="thread_local"):
                     step(limit)
             graphs[limit].replay()
     ids.copy_(said_so_far[:, :length])
