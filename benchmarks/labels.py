@@ -26,7 +26,8 @@ import torch
 import transformers
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.ablations import (
+from benchmarks.ablations import with_field
+from benchmarks.cells import (
     BLUE,
     CONFIRMING_POOL,
     CONFIRMING_PROMPTS,
@@ -44,7 +45,6 @@ from benchmarks.ablations import (
     save_figure,
     shared_legend,
     summarise,
-    with_field,
 )
 from benchmarks.diagnose import E2E_HELD_OUT, newest
 from benchmarks.e2e_nlg import CONTEXT as E2E_CONTEXT
@@ -125,8 +125,8 @@ def trained(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def content_labels(world: World) -> Labels:
-    """As evaluation/world.py makes those of the demonstration, with half of the edits."""
+def content_labels(world: World, plain_edits: int = SCALES["full"].settings.content_edits // 2) -> Labels:
+    """As evaluation/world.py makes those of the demonstration, by default with half of the edits."""
     s = SCALES["full"].settings
     trunk = newest(world.base.parent, "reward-trunk")
 
@@ -139,7 +139,7 @@ def content_labels(world: World) -> Labels:
     def plain(member: int) -> list[Pair]:
         given = reviews.generate_preferences(s.content_pairs, seed(member), "content", s.content_noise)
         edits = preference_pairs(
-            world.base, prompts(member), world.gold, samples=0, edits=s.content_edits // 2, noise=s.content_noise,
+            world.base, prompts(member), world.gold, samples=0, edits=plain_edits, noise=s.content_noise,
             max_completion_length=MAX_COMPLETION, seed=seed(member),
         )  # fmt: skip
         pairs = [(p.prompt, p.chosen, p.rejected) for p in given] + edits
@@ -152,7 +152,7 @@ def content_labels(world: World) -> Labels:
             mixtures=(world.base, ":"),
         )  # fmt: skip
 
-    return Labels(plain, prompts, s.content_edits - s.content_edits // 2, s.content_noise, train)
+    return Labels(plain, prompts, s.content_edits - plain_edits, s.content_noise, train)
 
 
 def e2e_labels(world: World, data: Path, count: int = 4_000) -> Labels:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablations, labels, moves
+from benchmarks import cells, labels, moves
 from tests import tiny
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import VGFSampler, decode
@@ -146,28 +146,28 @@ def test_best_of_n_is_level_with_itself():
     drawn = pool()
     curve = {k: best_of_n_curve(torch.tensor(drawn["proxy"]), torch.tensor(drawn[k]), [8])[:, 0] for k in ("proxy", "gold")}
     cell = {"proxy": curve["proxy"].tolist(), "gold": curve["gold"].tolist(), "generations": [8.0] * 12, "seconds": 4.0}
-    over, equal = ablations.over_best_of_n(cell, drawn, 0.5), ablations.at_equal_proxy(cell, drawn)
+    over, equal = cells.over_best_of_n(cell, drawn, 0.5), cells.at_equal_proxy(cell, drawn)
     assert over["equal_n"] == 8 and over["gold_over_best_of_n"] == pytest.approx(0, abs=1e-6)
     assert over["equal_n_in_equal_time"] == 4 and over["gold_over_best_of_n_in_equal_time"] > 0
     assert equal["equal_proxy_n"] == pytest.approx(8, abs=1e-3)
     assert equal["over_at_equal_proxy"] == pytest.approx(0, abs=1e-3)
     unit = float(torch.tensor(drawn["gold"]).var(1).mean().sqrt())
-    worse = ablations.at_equal_proxy(cell | {"gold": [g - unit for g in cell["gold"]]}, drawn)
+    worse = cells.at_equal_proxy(cell | {"gold": [g - unit for g in cell["gold"]]}, drawn)
     assert worse["over_at_equal_proxy_high"] == pytest.approx(-1, abs=1e-3)
-    assert ablations.at_equal_proxy(cell | {"proxy": [9.0] * 12}, drawn)["over_at_equal_proxy"] is None
+    assert cells.at_equal_proxy(cell | {"proxy": [9.0] * 12}, drawn)["over_at_equal_proxy"] is None
 
 
 def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(ablations, "measure", lambda world, variant, seeds: calls.append(variant) or {"7": {"gold": [1.0]}})
-    world = ablations.World("t", tmp_path, [], None, None, 8, horizon=0, work=tmp_path, seen=list)
-    absent = ablations.Cells(world, [0], 8, tmp_path, make=False)
-    assert absent.of(ablations.REFERENCE) is None
-    cells = ablations.Cells(world, [0], 8, tmp_path)
-    for variant in (ablations.REFERENCE, replace(ablations.REFERENCE, horizon=0), ablations.REFERENCE):
-        assert cells.of(variant) == {"7": {"gold": [1.0]}}
-    cells.of(replace(ablations.REFERENCE, horizon=None))
-    assert len(calls) == 2 and absent.of(ablations.REFERENCE) is not None
+    monkeypatch.setattr(cells, "measure", lambda world, variant, seeds: calls.append(variant) or {"7": {"gold": [1.0]}})
+    world = cells.World("t", tmp_path, [], None, None, 8, horizon=0, work=tmp_path, seen=list)
+    absent = cells.Cells(world, [0], 8, tmp_path, make=False)
+    assert absent.of(cells.REFERENCE) is None
+    present = cells.Cells(world, [0], 8, tmp_path)
+    for variant in (cells.REFERENCE, replace(cells.REFERENCE, horizon=0), cells.REFERENCE):
+        assert present.of(variant) == {"7": {"gold": [1.0]}}
+    present.of(replace(cells.REFERENCE, horizon=None))
+    assert len(calls) == 2 and absent.of(cells.REFERENCE) is not None
 
 
 def test_labels_along_the_flow_replace_as_many_of_the_given_ones(tmp_path, monkeypatch):
@@ -181,8 +181,8 @@ def test_labels_along_the_flow_replace_as_many_of_the_given_ones(tmp_path, monke
         (at / "pairs.txt").write_text("\n".join(second for _, second, _ in pairs))
 
     monkeypatch.setattr(labels, "moved_pairs", moved)
-    monkeypatch.setattr(ablations.World, "sampler", lambda world, variant: [str(path) for path in world.rewards])
-    world = ablations.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
+    monkeypatch.setattr(cells.World, "sampler", lambda world, variant: [str(path) for path in world.rewards])
+    world = cells.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
     given = labels.Labels(lambda member: [("p", f"plain {member}", "r")] * 3, lambda member: [f"q{member}"], 2, 0.5, train)
     after = labels.along_the_flow(world, given)
     first = [str(tmp_path / "t_first" / f"reward-{k}") for k in range(3)]
