@@ -5,7 +5,7 @@
     python -m benchmarks.speed --compile           also flow and sampling of models that torch.compile has compiled
 
 Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
-end at the limit only. Along a gradient field, which is as large as a reward model or has half its layers, particles move while
+end at the limit only. Along a gradient field, which has all layers of a reward model, half or a quarter, particles move while
 they are drawn: what moving takes is what drawing takes longer.
 Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the particles, reading them in
 one forward, gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios
@@ -109,6 +109,7 @@ def build(
     for name, layers in (
         ("a field", shape["num_hidden_layers"]),
         ("a field of half the layers", shape["num_hidden_layers"] // 2),
+        ("a field of a quarter of the layers", shape["num_hidden_layers"] // 4),
     ):
         field = GradientField(first_layers(rewards[0].base_model, layers), sampler.reward.width)
         torch.nn.init.normal_(field.slope.weight)
@@ -359,9 +360,11 @@ def main() -> None:
         "one round, all particles, L = 1": replace(load, steps=1),
         "drawn along a field": load,
         "drawn along a field of half the layers": load,
+        "drawn along a field of a quarter of the layers": load,
         "seven rounds of two movers, L = 1": replace(load, rounds=7, movers=2, steps=1),
         "16 drawn along a field": replace(load, num_particles=16),
         "16 drawn along a field of half the layers": replace(load, num_particles=16),
+        "16 drawn along a field of a quarter of the layers": replace(load, num_particles=16),
         "best-of-64": replace(load, num_particles=64, steps=0),
         "best-of-N": replace(load, steps=0),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cells, labels, moves
+from benchmarks import cells, ensembles, labels, moves
 from tests import tiny
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import VGFSampler, decode
@@ -193,3 +193,21 @@ def test_labels_along_the_flow_replace_as_many_of_the_given_ones(tmp_path, monke
         assert sorted((path / "pairs.txt").read_text().split("\n")) == ["moved"] * 2 + [f"plain {k}"] * 3
     labels.along_the_flow(world, given)
     assert len(seen) == 3  # what is there is not made again
+
+
+def test_ensembles_take_the_first_reward_models_and_train_one_more(tmp_path):
+    trainings = []
+
+    def train(at, pairs, member):
+        trainings.append((pairs, member))
+        (at / "pairs.txt").write_text(pairs)
+
+    there = [tmp_path / f"reward-{k}" for k in range(3)]
+    world = cells.World("t", tmp_path, there, lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
+    given = labels.Labels(lambda member: f"pairs {member}", lambda member: [], 0, 0.5, train)
+    one, three, four = (ensembles.ensemble(world, given, size) for size in ensembles.SIZES)
+    assert (one.name, one.rewards) == ("t_1", there[:1]) and three == world
+    assert (four.name, four.rewards[:3]) == ("t_4", there)
+    assert (four.rewards[3] / "pairs.txt").read_text() == "pairs 3" and trainings == [("pairs 3", 3)]
+    ensembles.ensemble(world, given, 4)
+    assert len(trainings) == 1  # what is there is not trained again

@@ -1,0 +1,124 @@
+"""Over-optimisation with one reward model, with three and with four: gold against the proxy that was optimised.
+
+    python -m benchmarks.ensembles --e2e-models DIR --e2e-data DIR
+
+The tasks that over-optimise, content and E2E, with the prompts, budgets and cells of `benchmarks.labels`. Three reward models are
+those of the demonstration and of benchmarks/e2e_nlg.py, one is the first of them, and the fourth is trained as they were, on
+comparisons of its own. Each ensemble has its own gradient field and its own best-of-n.
+
+Writes benchmarks/results/ensembles.json and docs/img/ensembles.png; what was measured is kept in `--work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+
+from benchmarks.cells import (
+    BLUE,
+    CONFIRMING_POOL,
+    CONFIRMING_PROMPTS,
+    CONFIRMING_SEEDS,
+    ROOT,
+    VERMILION,
+    Cells,
+    N,
+    World,
+    e2e_world,
+    embedded_worlds,
+    environment,
+    new_figure,
+    save_figure,
+    shared_legend,
+    summarise,
+)
+from benchmarks.labels import DRAWN, NAMES, VARIANTS, Labels, content_labels, e2e_labels, trained
+from vgf_llm.evaluation.demo import SCALES
+from vgf_llm.evaluation.report import write_report
+
+
+BUDGETS = {name: variant for name, variant in VARIANTS.items() if name.endswith(("nat", "nats"))}
+SIZES = (1, 3, 4)
+
+
+def ensemble(world: World, labels: Labels, size: int) -> World:
+    """The task with so many reward models; three are there."""
+    if size == len(world.rewards):
+        return world
+    rewards = world.rewards[:size]
+    if size > len(rewards):
+        member = len(rewards)
+        path = world.work / f"{world.name}_more" / f"reward-{member}"
+        rewards = [*rewards, trained(path, lambda at: labels.train(at, labels.plain(member), member))]
+    assert len(rewards) == size
+    return replace(world, name=f"{world.name}_{size}", rewards=rewards)
+
+
+def plot(rows: Sequence[Mapping], path: Path) -> None:
+    """A panel for every task and ensemble: gold against its proxy, along budgets of VGF and along n."""
+    tasks = [task for task in NAMES if any(r["task"] == task for r in rows)]
+    figure, axes = new_figure(3.8 * len(SIZES), 3.2 * len(tasks), len(tasks), len(SIZES), "Gold against proxy, by reward models")
+    for line, task in zip(axes, tasks, strict=True):
+        for ax, size in zip(line, SIZES, strict=True):
+            here = [r for r in rows if r["task"] == task and r["members"] == size]
+            for colour, marker, label, points in (
+                (BLUE, "o", "best-of-n, n to 64", [r for r in here if r["method"] == "best_of_n"]),
+                (VERMILION, "D", "VGF, 16 completions, 0.5 to 16 nats", [r for r in here if r["method"].startswith("ensembles")]),
+            ):
+                proxy, gold, low, high = (
+                    [r[key] for r in points] for key in ("reward_proxy", "reward_gold", "reward_gold_low", "reward_gold_high")
+                )
+                ax.plot(proxy, gold, marker=marker, markersize=4, color=colour, label=label)
+                ax.fill_between(proxy, low, high, color=colour, alpha=0.15, linewidth=0)
+            said = "1 reward model" if size == 1 else f"{size} reward models"
+            ax.set(title=f"{NAMES[task]}, {said}", xlabel="proxy reward", ylabel="gold reward")
+            ax.sharey(line[0])
+            ax.grid(color="#E4E4E4")
+    shared_legend(figure, axes, 2)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, help="models of the demonstration; default: outputs/full/models")
+    parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py; default: none, and no E2E")
+    parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
+    parser.add_argument("--work", default=ROOT / "outputs" / "ablations" / "field", type=Path, help="where cells are kept")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    seeds = list(CONFIRMING_SEEDS)
+    content = next(w for w in embedded_worlds(args.models, False, CONFIRMING_PROMPTS, args.work) if w.name == "content")
+    tasks = [(content, content_labels(content, SCALES["full"].settings.content_edits))]
+    if args.e2e_models:
+        # 24 for each of four seeds are all that is held out.
+        e2e = e2e_world(args.e2e_models, args.e2e_data, min(CONFIRMING_PROMPTS, 24), seeds, args.work)
+        # As many samples and edits as those of the others, of which `e2e_labels` takes half.
+        tasks.append((e2e, e2e_labels(e2e, args.e2e_data, 8_000)))
+    rows = []
+    for world, labels in tasks:
+        for size in SIZES:
+            cells = Cells(ensemble(world, labels, size), seeds, CONFIRMING_POOL, args.work)
+            found, _ = summarise(cells, {"ensembles": BUDGETS}, DRAWN)
+            rows += [{**r, "task": world.name} for r in found]
+    write_report(
+        ROOT / "benchmarks" / "results" / "ensembles.json",
+        {
+            "rows": rows,
+            "settings": {"prompts": CONFIRMING_PROMPTS, "seeds": seeds, "pool": CONFIRMING_POOL, "num_particles": N},
+            **environment(),
+        },
+    )
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
+        plot(rows, ROOT / "docs" / "img" / "ensembles.png")
+
+
+if __name__ == "__main__":
+    main()
