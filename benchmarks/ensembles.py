@@ -11,14 +11,11 @@ Writes benchmarks/results/ensembles.json and docs/img/ensembles.png; what was me
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
-import torch
-import transformers
 
 from benchmarks.cells import (
     BLUE,
@@ -38,7 +35,7 @@ from benchmarks.cells import (
     shared_legend,
     summarise,
 )
-from benchmarks.labels import DRAWN, NAMES, VARIANTS, Labels, content_labels, e2e_labels, trained
+from benchmarks.labels import DRAWN, NAMES, VARIANTS, Labels, arguments, content_labels, e2e_labels, trained
 from vgf_llm.evaluation.demo import SCALES
 from vgf_llm.evaluation.report import write_report
 
@@ -85,15 +82,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, help="models of the demonstration; default: outputs/full/models")
-    parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py; default: none, and no E2E")
-    parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
-    parser.add_argument("--work", default=ROOT / "outputs" / "ablations" / "field", type=Path, help="where cells are kept")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    args = arguments(__doc__.splitlines()[0])
     seeds = list(CONFIRMING_SEEDS)
     content = next(w for w in embedded_worlds(args.models, False, CONFIRMING_PROMPTS, args.work) if w.name == "content")
     tasks = [(content, content_labels(content, SCALES["full"].settings.content_edits))]

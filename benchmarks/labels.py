@@ -211,8 +211,9 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of this benchmark and of benchmarks/ensembles.py."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--models", type=Path, help="models of the demonstration; default: outputs/full/models")
     parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py; default: none, and no E2E")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
@@ -221,6 +222,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0])
     seeds = list(CONFIRMING_SEEDS)
     content = next(w for w in embedded_worlds(args.models, False, CONFIRMING_PROMPTS, args.work) if w.name == "content")
     tasks = [(content, content_labels(content))]
