@@ -82,7 +82,6 @@ def main() -> None:
             }  # fmt: skip
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(name, rows[name], flush=True)
     report = {
         "preset": args.preset, "prompts": load.prompts, "num_generations": load.num_particles, "length": load.length,
         "prompt_length": load.prompt_length, "micro_batch": MICRO, "precision": str(dtype).removeprefix("torch."), "steps": rows,
