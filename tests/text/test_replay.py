@@ -71,6 +71,8 @@ def test_samples_tables_and_moved_completions_are_the_same(case):
     for on in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replay, "fits", replay.plain if on else lambda model: False)
+            patch.setattr(replay, "SLOTS", 8)  # several graphs for a long completion
+            patch.setattr(replay, "BLOCK", 10)
             prefix = prompts_of(model, prompts, n, pad, rng.randint(0, 2)).deal(keep)
             drawn = decode.sample(model, prefix, keys, base=base, max_new_tokens=length, eos_ids=torch.tensor(eos), pad_id=pad)
             width = int(drawn.mask.sum(1).max())

@@ -15,7 +15,6 @@ padded on the right, masks bool, tables [R, T, V].
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import cast
@@ -25,13 +24,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from . import replay
-from .prefix import Prefix, cache_of, layers_of
+from .prefix import Prefix, cache_of, layers_of, window
 from .prefix import positions as positions_of
+from .replay import Choose
 
-
-# Rows [A] that go on, positions [A, k] and what was read there [A, k, ...], logits first -> the tokens they say [A, k], and of
-# each what is to be added up along the completion, [A, k, quantities].
-Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Streams of the counter: noise of different use must not repeat.
 SAMPLE, HINDSIGHT_TOP, HINDSIGHT_REST, BEYOND, CONTROL, HINDSIGHT_OTHERS, WHICH_OTHER = range(7)
@@ -448,7 +444,7 @@ def redecode(
             logits = _forward(model, new_ids[go, first[go]][:, None], attention, cache)[:, -1]
             # Wrong guesses leave gaps, which a window that counts slots would take for tokens.
             slots = attention.shape[1] + lookahead * ids.shape[1]
-            ahead = lookahead if slots <= _window(model) else 1
+            ahead = lookahead if slots <= window(model) else 1
             continued, reader = new_ids[go], _Reader([model], [cache])
             totals[go] += _continue(reader, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead)
             new_ids[go] = continued
@@ -513,14 +509,6 @@ def _price(log_mu: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]
     """KL(q || mu) and log Z of q = mu exp(tilt) / Z, [R, T] each, for a tilt of `values` [R, T, K] at tokens `ids`."""
     events, tilt = with_rest(log_mu, ids), torch.nn.functional.pad(values, (0, 1))
     return kl(tilted(events, tilt), events), torch.logsumexp(events + tilt, -1)
-
-
-def _window(model: PreTrainedModel) -> float:
-    """How many slots back the shortest-sighted layer of a model sees."""
-    config = model.config.get_text_config()
-    if all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ["unknown"]):
-        return math.inf
-    return min(getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))
 
 
 def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ completion's embeddings never passes through the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
@@ -43,6 +44,7 @@ class Prefix:
 
     def deal(self, rows: Tensor) -> Prefix:
         """The same prompts for other rows: `rows` [R'] are indices of the rows of this prefix."""
+        assert not self.room, "rows that were spread write to memory of their own"
         return replace(self, rows=self.rows[rows])
 
     def spread(self, room: int) -> Prefix:
@@ -166,3 +168,11 @@ class _Write(torch.autograd.Function):
 def positions(attention: Tensor, count: int) -> Tensor:
     """Position ids [R, count] of the last columns of a bool mask [R, S]: real tokens are counted, padding is not."""
     return (attention.long().cumsum(1) - 1).clamp_min(0)[:, -count:]
+
+
+def window(model: PreTrainedModel) -> float:
+    """How many slots back the shortest-sighted layer of a model sees."""
+    config = model.config.get_text_config()
+    if all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ["unknown"]):
+        return math.inf
+    return min(getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))

@@ -10,6 +10,7 @@ are read once for all of them: at a prompt of 512 tokens and N = 8 the larger pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .prefix import Prefix
+from .prefix import Prefix, window
 
 
 ATTENTION = "vgf_shared_prompts"
@@ -30,7 +31,8 @@ BLOCK = 128
 # Replays between two looks at whether anything goes on, for each of which the GPU waits.
 PATIENCE = 8
 
-# The same as `decode.Choose`, for all R rows.
+# Rows [A] that go on, positions [A, k] and what was read there [A, k, ...], logits first -> the tokens they say [A, k], and of
+# each what is to be added up along the completion, [A, k, quantities].
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -46,11 +48,9 @@ def plain(model: PreTrainedModel) -> bool:
     """Whether every layer attends to all that came before, with nothing but a mask, by transformers' `sdpa`, and the forward asks
     nothing of its tensors that a recorded graph could not know."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    limits = ("attn_logit_softcapping",) if kinds else ("attn_logit_softcapping", "sliding_window", "attention_chunk_size")
     return (
-        all(kind == "full_attention" for kind in kinds or ())
-        and all(getattr(config, name, None) is None for name in limits)
+        window(model) == math.inf
+        and getattr(config, "attn_logit_softcapping", None) is None
         and config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
         and model._can_compile_fullgraph
