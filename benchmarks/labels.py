@@ -125,8 +125,8 @@ def trained(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def content_labels(world: World, plain_edits: int = SCALES["full"].settings.content_edits // 2) -> Labels:
-    """As evaluation/world.py makes those of the demonstration, by default with half of the edits."""
+def content_labels(world: World, plain_edits: int) -> Labels:
+    """As evaluation/world.py makes those of the demonstration, with so many of the edits plain."""
     s = SCALES["full"].settings
     trunk = newest(world.base.parent, "reward-trunk")
 
@@ -155,7 +155,7 @@ def content_labels(world: World, plain_edits: int = SCALES["full"].settings.cont
     return Labels(plain, prompts, s.content_edits - plain_edits, s.content_noise, train)
 
 
-def e2e_labels(world: World, data: Path, count: int = 4_000) -> Labels:
+def e2e_labels(world: World, data: Path, count: int) -> Labels:
     """As benchmarks/e2e_nlg.py makes its own, with half of the samples and of the edits."""
     examples, _ = split_by_mr(load_e2e(data), seed=0, held_out=E2E_HELD_OUT)
     asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in examples]
@@ -211,8 +211,10 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     save_figure(figure, path)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line of this benchmark and of benchmarks/ensembles.py."""
+def over_optimised(
+    description: str, plain_edits: int = SCALES["full"].settings.content_edits // 2, e2e_pairs: int = 4_000
+) -> tuple[list[tuple[World, Labels]], Callable[[World], Cells]]:
+    """From the command line: the tasks with their labels, and where cells of a task are kept."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--models", type=Path, help="models of the demonstration; default: outputs/full/models")
     parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py; default: none, and no E2E")
@@ -222,32 +224,27 @@ def arguments(description: str) -> argparse.Namespace:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    return args
-
-
-def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
     seeds = list(CONFIRMING_SEEDS)
     content = next(w for w in embedded_worlds(args.models, False, CONFIRMING_PROMPTS, args.work) if w.name == "content")
-    tasks = [(content, content_labels(content))]
+    tasks = [(content, content_labels(content, plain_edits))]
     if args.e2e_models:
         # 24 for each of four seeds are all that is held out.
         e2e = e2e_world(args.e2e_models, args.e2e_data, min(CONFIRMING_PROMPTS, 24), seeds, args.work)
-        tasks.append((e2e, e2e_labels(e2e, args.e2e_data)))
-    rows = []
-    for world, labels in tasks:
-        given, moved = (Cells(w, seeds, CONFIRMING_POOL, args.work) for w in (world, along_the_flow(world, labels)))
-        rows += measured(given, moved)
-    write_report(
-        ROOT / "benchmarks" / "results" / "labels.json",
-        {
-            "rows": rows,
-            "settings": {"prompts": CONFIRMING_PROMPTS, "seeds": seeds, "pool": CONFIRMING_POOL, "num_particles": N},
-            **environment(),
-        },
-    )
+        tasks.append((e2e, e2e_labels(e2e, args.e2e_data, e2e_pairs)))
+    return tasks, lambda world: Cells(world, seeds, CONFIRMING_POOL, args.work)
+
+
+def publish(rows: list[dict], name: str, plot: Callable[[Sequence[Mapping], Path], None]) -> None:
+    """Report and figure of this benchmark or of benchmarks/ensembles.py."""
+    settings = {"prompts": CONFIRMING_PROMPTS, "seeds": list(CONFIRMING_SEEDS), "pool": CONFIRMING_POOL, "num_particles": N}
+    write_report(ROOT / "benchmarks" / "results" / f"{name}.json", {"rows": rows, "settings": settings, **environment()})
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
-        plot(rows, ROOT / "docs" / "img" / "labels.png")
+        plot(rows, ROOT / "docs" / "img" / f"{name}.png")
+
+
+def main() -> None:
+    tasks, cells = over_optimised(__doc__.splitlines()[0])
+    publish([r for w, labels in tasks for r in measured(cells(w), cells(along_the_flow(w, labels)))], "labels", plot)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,11 @@ def compiled(sampler: VGFSampler, words: list[str], load: Load, floor: Mapping[s
     return found
 
 
+def named(benchmark: str, preset: str, device: str) -> str:
+    """Of the file of a report."""
+    return f"{benchmark}{'' if preset == 'small' else '_' + preset}{'' if device == 'cpu' else '_cuda'}.json"
+
+
 def prompts_of(words: list[str], load: Load) -> list[str]:
     return [" ".join(words[(i * 31 + j) % len(words)] for j in range(load.prompt_length)) for i in range(load.prompts)]
 
@@ -418,7 +423,7 @@ def main() -> None:
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    name = f"speed{'' if args.preset == 'small' else '_' + args.preset}{'' if device == 'cpu' else '_cuda'}.json"
+    name = named("speed", args.preset, device)
     write_report(ROOT / "benchmarks" / "results" / name, report)
     if args.compile:
         report["compiled"] = compiled(sampler, words, load, floor)

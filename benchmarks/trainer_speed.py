@@ -1,14 +1,14 @@
 """Seconds of an optimizer step of `VGFTrainer` beside TRL's `RLOOTrainer`, on the same random models, prompts and numbers.
 
     python -m benchmarks.trainer_speed                     small models, on whatever torch finds
-    python -m benchmarks.trainer_speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 80 GB
+    python -m benchmarks.trainer_speed --preset 2.8b       Pythia-2.8B shapes for policy and reward, for a GPU of 141 GB
 
 LoRA of rank 16 on all linear layers, one pass over every phase of generation. Both generate with transformers' models, no vLLM:
 `RLOOTrainer` by `generate`, `VGFTrainer` by its own decoding. Completions end at the limit only. The first step, which sets up
 kernels and memory, is not counted; the figure is the median of the others. What a step is worth is another question:
 docs/comparison.md.
 
-Writes benchmarks/results/trainer_speed.json (trainer_speed_cuda.json on a GPU).
+Writes benchmarks/results/trainer_speed.json; trainer_speed_2.8b_cuda.json and so on for another preset and on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import platform
 import statistics
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -27,10 +28,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from benchmarks.speed import PRESETS, ROOT, VOCABULARY, build, now
+from benchmarks.speed import PRESETS, ROOT, VOCABULARY, build, named, now, prompts_of
 from benchmarks.trainer_vs_trl import as_function
 from vgf_llm import VGFConfig, VGFTrainer
 from vgf_llm.evaluation.report import write_report
@@ -39,7 +40,7 @@ from vgf_llm.evaluation.report import write_report
 # Rows of a forward and backward of the update; the rest of a step is accumulated.
 MICRO = 16
 METHODS: dict[str, dict[str, Any]] = {
-    "VGF: tilt, along a field of half the layers": {"target": "tilt", "flow_rounds": 1},
+    "VGF: tilt, along a field of half the layers": {"target": "tilt"},
     "VGF: sft, best of N": {"target": "sft", "best_k": 8, "flow_steps": 0},
     "RLOO (TRL)": {},
 }
@@ -49,8 +50,9 @@ class Clock(TrainerCallback):
     """Seconds of every step and its peak of memory, from the end of the step before."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.peaks = device, [], []  # type: torch.device, list[float], list[float]
-        self.last = 0.0
+        self.device, self.last = device, 0.0
+        self.seconds: list[float] = []
+        self.peaks: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.last = now(self.device)
@@ -75,7 +77,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in METHODS.items():
-            clock, logs = step(name, settings, args, device, dtype, folder)
+            clock, logs = step(settings, args, device, dtype, folder)
             rows[name] = {
                 "seconds": statistics.median(clock.seconds[1:]), "all": clock.seconds, "peak_gib": max(clock.peaks, default=None),
                 "parts": {key: logs[key] for key in sorted(logs) if key.startswith("seconds/")},
@@ -94,7 +96,7 @@ def main() -> None:
             **{module.__name__: module.__version__ for module in (torch, transformers, trl, peft)},
         },
     }  # fmt: skip
-    write_report(ROOT / "benchmarks" / "results" / f"trainer_speed{'_cuda' if device.type == 'cuda' else ''}.json", report)
+    write_report(ROOT / "benchmarks" / "results" / named("trainer_speed", args.preset, device.type), report)
     table = Table(title=f"seconds of a step, {load.prompts} prompts, {load.num_particles} completions each", box=None)
     for column in ("", "seconds", "peak GiB"):
         table.add_column(column, justify="left" if not column else "right")
@@ -104,15 +106,13 @@ def main() -> None:
 
 
 def step(
-    name: str, settings: dict[str, Any], args: argparse.Namespace, device: torch.device, dtype: torch.dtype, folder: str
+    settings: dict[str, Any], args: argparse.Namespace, device: torch.device, dtype: torch.dtype, folder: str
 ) -> tuple[Clock, dict[str, float]]:
     """Train for a few steps; the clock, and what the trainer logged last."""
     shape, load, _ = PRESETS[args.preset]
     sampler, fields, words = build(shape, VOCABULARY[args.preset], device.type, 1, dtype)
     policy, reward, tokenizer = sampler.model, sampler.reward, sampler.processing_class
-    prompts = [
-        " ".join(words[(i * 31 + j) % len(words)] for j in range(load.prompt_length)) for i in range(load.prompts * args.steps)
-    ]
+    prompts = prompts_of(words, replace(load, prompts=load.prompts * args.steps))
     dataset, completions = Dataset.from_dict({"prompt": prompts}), load.prompts * load.num_particles
     common: dict[str, Any] = {
         "output_dir": folder, "max_steps": args.steps, "num_generations": load.num_particles, "report_to": "none",
@@ -126,17 +126,15 @@ def step(
         "processing_class": tokenizer, "callbacks": [clock],
     }  # fmt: skip
     trainer: Any
-    if name.startswith("VGF"):
-        if settings["target"] == "tilt":
-            fields["a field of half the layers"].save_pretrained(f"{folder}/field")
-            settings = {**settings, "flow_field": f"{folder}/field"}
-        del fields
+    if settings.get("target") == "tilt":
+        fields["a field of half the layers"].save_pretrained(f"{folder}/field")
+        settings = {**settings, "flow_field": f"{folder}/field"}
+    del fields  # they are as large as the models
+    if settings:
         config = VGFConfig(flow_batch_size=completions, **settings, **common)
         trainer = VGFTrainer(policy, reward, config, dataset, **given)
     else:
-        del fields
         trainer = RLOOTrainer(policy, as_function(reward, tokenizer), RLOOConfig(beta=0.0, **common), dataset, **given)
-    assert isinstance(policy, PreTrainedModel)
     trainer.train()
     last: dict[str, float] = {}
     for entry in trainer.state.log_history:
