@@ -29,7 +29,7 @@ from vgf_llm.evaluation.frontier import Plan, Task, measure_task
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
 from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import markdown_table, print_table, write_atomically, write_report
-from vgf_llm.evaluation.world import SPECIAL, artefact, train_language_model, train_reward_model
+from vgf_llm.evaluation.training import SPECIAL, artefact, train_language_model, train_reward_model
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -55,7 +55,7 @@ from vgf_llm.data.e2e import PROMPT_SEPARATOR, format_prompt, load_e2e, split_by
 from vgf_llm.evaluation.demo import MAX_COMPLETION, SCALES
 from vgf_llm.evaluation.preferences import Pair, moved_pairs, preference_pairs
 from vgf_llm.evaluation.report import write_report
-from vgf_llm.evaluation.world import train_reward_model
+from vgf_llm.evaluation.training import train_reward_model
 
 
 MEMBERS = 3

@@ -32,7 +32,8 @@ from vgf_llm.evaluation.frontier import Task, draw_pool, rescored
 from vgf_llm.evaluation.metrics import bootstrap_ci
 from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import write_atomically, write_report
-from vgf_llm.evaluation.world import Settings, artefact, build_world, train_reward_model
+from vgf_llm.evaluation.training import artefact, train_reward_model
+from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import DifferentiableReward, VGFSampler
 

@@ -32,7 +32,7 @@ from recipes import evaluate, reward, sft, vgf
 from vgf_llm.data.hh import Preference, load_hh
 from vgf_llm.evaluation.loading import load_reward
 from vgf_llm.evaluation.report import markdown_table, write_atomically, write_report
-from vgf_llm.evaluation.world import train_language_model
+from vgf_llm.evaluation.training import train_language_model
 
 
 ROOT = Path(__file__).resolve().parents[1]

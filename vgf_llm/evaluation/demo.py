@@ -28,7 +28,8 @@ from .frontier import Measured, Plan, Row, Task, fitted_field, measure_task, row
 from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
 from .report import markdown_table, print_table, write_atomically, write_report
-from .world import Settings, World, artefact, build_world
+from .training import artefact
+from .world import Settings, World, build_world
 
 
 MAX_COMPLETION = 64

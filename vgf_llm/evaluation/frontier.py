@@ -29,7 +29,7 @@ from .metrics import (
     reward_quantile_kl,
     selection_kl,
 )
-from .world import artefact
+from .training import artefact
 
 
 Gold = Callable[[str, str], float]

@@ -6,7 +6,7 @@ import torch
 from tests import tiny
 from vgf_llm import VGFSampler
 from vgf_llm.evaluation.frontier import Pool, Task, best_of_n_rows, draw_pool, rescored
-from vgf_llm.evaluation.world import _MuonAndAdamW, artefact, word_tokenizer
+from vgf_llm.evaluation.training import _MuonAndAdamW, artefact, word_tokenizer
 from vgf_llm.flow import best_of_n_kl
 
 
