@@ -28,7 +28,7 @@ from benchmarks.e2e_nlg import gold as e2e_gold
 from vgf_llm.data import reviews
 from vgf_llm.data.e2e import format_prompt, load_e2e, split_by_mr, spoken_order
 from vgf_llm.evaluation.controls import random_direction
-from vgf_llm.evaluation.demo import MAX_COMPLETION, SCALES
+from vgf_llm.evaluation.demo import SCALES
 from vgf_llm.evaluation.fidelity import measure_substitutions
 from vgf_llm.evaluation.frontier import POOL_SEED, seeds_by_place
 from vgf_llm.evaluation.metrics import (
@@ -41,9 +41,10 @@ from vgf_llm.evaluation.metrics import (
     self_bleu,
 )
 from vgf_llm.evaluation.report import write_atomically
-from vgf_llm.evaluation.world import Settings, build_world
+from vgf_llm.evaluation.training import ensemble
+from vgf_llm.evaluation.world import FIELD_SEED, MAX_COMPLETION, Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl, fidelity
-from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text import VGFSampler
 from vgf_llm.text.field import GradientField, fit_field
 from vgf_llm.text.prefix import left_pad
 
@@ -56,8 +57,7 @@ QUICK = Settings(
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 # Prompts that had no part in the first ablations.
 CONFIRMING_SEEDS, CONFIRMING_PROMPTS, CONFIRMING_POOL = (600, 601, 602, 603), 32, 64
-# What the field is fitted to: prompts of yet another seed.
-FIELD_PROMPTS, FIELD_SEED = 1_000, 31_000
+FIELD_PROMPTS = 1_000  # that a field is fitted to
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,7 @@ class World:
 
     def sampler(self, variant: Variant) -> VGFSampler:
         tokenizer = AutoTokenizer.from_pretrained(self.base)
-        members = self.rewards[: variant.members or None]
-        beside = [path / "calibration.json" for path in members]
-        calibration = [tuple(json.loads(path.read_text())) for path in beside]
-        reward = DifferentiableReward(list(members), tokenizer, calibration=calibration)
+        reward = ensemble(self.rewards[: variant.members or None], tokenizer)
         if variant.repulsion:
             reward = moves.PooledRepulsion(reward, tokenizer, variant.movers, variant.repulsion)
         model = AutoModelForCausalLM.from_pretrained(self.base).eval()
@@ -518,7 +515,7 @@ def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: 
     random.Random(0).shuffle(prompts)
     asked = [format_prompt(spoken_order(e.slots, e.reference)) for e in train]
     return World(
-        "e2e", newest(models, "base"), [newest(models, f"reward-{k}") for k in range(3)], e2e_gold,
+        "e2e", newest(models, "base"), [newest(models, f"reward-e2e-{k}") for k in range(3)], e2e_gold,
         lambda seed: prompts[count * seeds.index(seed) :][:count], E2E_LENGTH, 0, work,
         lambda: random.Random(FIELD_SEED).sample(asked, FIELD_PROMPTS),
     )  # fmt: skip

@@ -84,7 +84,7 @@ def known_tasks(args: argparse.Namespace) -> list[KnownTask]:
             )  # fmt: skip
     if args.e2e_models:
         base = newest(args.e2e_models, "base")
-        rewards = [str(newest(args.e2e_models, f"reward-{k}")) for k in range(3)]
+        rewards = [str(newest(args.e2e_models, f"reward-e2e-{k}")) for k in range(3)]
         tasks.append(
             KnownTask(
                 "e2e", base, rewards, lambda prompt, text: e2e_gold(parse_mr(prompt), text),

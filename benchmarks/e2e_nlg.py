@@ -3,9 +3,9 @@
     python -m benchmarks.e2e_nlg --data ../e2e-dataset
 
 Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the
-sentence states it), three proxy reward models on pairs of base samples and of edits of them, labelled by a noisy version of
-the gold reward, and prints the table of the demonstration. `--data` is a directory with `devset.csv` and
-`testset_w_refs.csv` of the E2E data set.
+sentence states it), three proxy reward models, and prints the table of the demonstration. The reward models compare base samples,
+edits of them, and texts that the flow of earlier ones has moved, labelled by a noisy version of the gold reward. `--data` is a
+directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
 
 Writes benchmarks/results/e2e_nlg.json, the same as tables in e2e_nlg.md, and docs/img/e2e_*.png.
 """
@@ -26,15 +26,19 @@ from transformers import PreTrainedTokenizerFast
 
 from vgf_llm.data.e2e import PROMPT_SEPARATOR, e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr, spoken_order
 from vgf_llm.evaluation.frontier import Plan, Task, measure_task
+from vgf_llm.evaluation.labels import Labels, train_members
 from vgf_llm.evaluation.plots import plot_frontier, plot_generations
-from vgf_llm.evaluation.preferences import preference_pairs
+from vgf_llm.evaluation.preferences import Pair, preference_pairs
 from vgf_llm.evaluation.report import markdown_table, print_table, write_atomically, write_report
 from vgf_llm.evaluation.training import SPECIAL, artefact, train_language_model, train_reward_model
+from vgf_llm.evaluation.world import FIELD_SEED
 
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_COMPLETION = 72
 CONTEXT = 176
+PAIRS = 4_000  # per reward model
+NOISE = 0.5  # of labels, in units of gold
 
 
 def gold(prompt: str, text: str) -> float:
@@ -65,12 +69,33 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def labels(base: Path, prompts: list[str], pairs: int, moved: int) -> Labels:
+    """What members of the reward compare: samples, edits of samples, and moved texts. They start from the base model."""
+
+    def plain(member: int) -> list[Pair]:
+        samples = (pairs - moved) // 2
+        return preference_pairs(
+            base, prompts, gold, samples=samples, edits=pairs - moved - samples, noise=NOISE,
+            max_completion_length=MAX_COMPLETION, seed=member,
+        )  # fmt: skip
+
+    def train(out: Path, compared: list[Pair], member: int) -> None:
+        train_reward_model(
+            out, base, compared, learning_rate=5e-4, seed=member, name=f"reward-{member}", max_length=CONTEXT,
+            mixtures=(base, PROMPT_SEPARATOR),
+        )  # fmt: skip
+
+    seen = random.Random(FIELD_SEED).sample(prompts, min(1_000, len(prompts)))
+    return Labels(plain, moved, lambda member: prompts, seen, gold, NOISE, MAX_COMPLETION, train)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="directory of the E2E data set")
     parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
     parser.add_argument("--steps", default=2000, type=int, help="training steps of the base model")
-    parser.add_argument("--pairs", default=4000, type=int, help="preference pairs per reward model")
+    parser.add_argument("--pairs", default=PAIRS, type=int, help="preference pairs per reward model")
+    parser.add_argument("--moved", default=2000, type=int, help="so many of them in a second round, of moved texts; 0: one round")
     parser.add_argument("--prompts", default=32, type=int, help="held-out meaning representations per seed")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
@@ -89,30 +114,13 @@ def main() -> None:
             learning_rate=2e-3, matrix_learning_rate=5e-3, seed=seed, name=name, batch_size=16,
         )  # fmt: skip
 
-    def train_reward(path: Path, recipe: tuple[Path, int, int]) -> None:
-        _, member, count = recipe
-        pairs = preference_pairs(
-            base, train_prompts, gold, samples=count // 2, edits=count - count // 2, noise=0.5,
-            max_completion_length=MAX_COMPLETION, seed=member,
-        )  # fmt: skip
-        train_reward_model(
-            path,
-            base,
-            pairs,
-            learning_rate=5e-4,
-            seed=member,
-            name=f"reward-{member}",
-            max_length=CONTEXT,
-            mixtures=(base, PROMPT_SEPARATOR),
-        )
-
     tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
     base, judge = (
         artefact(args.work, name, (name, seed, steps), train_lm, console.log)
         for name, seed, steps in (("base", 0, args.steps), ("judge", 1, args.steps // 2))
     )
-    members = [artefact(args.work, f"reward-{k}", (base, k, args.pairs), train_reward, console.log) for k in range(3)]
-
+    recipe = (base.name, args.pairs, args.moved)
+    members = train_members(args.work, "e2e", base, labels(base, train_prompts, args.pairs, args.moved), 3, recipe, console.log)
     task = Task(
         "e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION,
         seen=lambda count: random.Random(1).sample(train_prompts, count),

@@ -2,9 +2,9 @@
 
     python -m benchmarks.ensembles --e2e-models DIR --e2e-data DIR
 
-The tasks that over-optimise, content and E2E, with the prompts, budgets and cells of `benchmarks.labels`. Three reward models are
-those of the demonstration and of benchmarks/e2e_nlg.py, one is the first of them, and the fourth is trained as they were, on
-comparisons of its own. Each ensemble has its own gradient field and its own best-of-n.
+The tasks that over-optimise with labels of one round, content and E2E: prompts, budgets and cells of `benchmarks.labels`, reward
+models *as given* there, and a fourth that is trained as they were on comparisons of its own. Each ensemble has its own gradient
+field and its own best-of-n.
 
 Writes benchmarks/results/ensembles.json and docs/img/ensembles.png; what was measured is kept in `--work`.
 """
@@ -15,26 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cells import BLUE, VERMILION, World, new_figure, save_figure, shared_legend, summarise
-from benchmarks.labels import DRAWN, NAMES, VARIANTS, Labels, over_optimised, publish, trained
-from vgf_llm.evaluation.demo import SCALES
+from benchmarks.cells import BLUE, VERMILION, new_figure, save_figure, shared_legend, summarise
+from benchmarks.labels import DRAWN, NAMES, VARIANTS, asked_for, publish
 
 
 BUDGETS = {name: variant for name, variant in VARIANTS.items() if name.endswith(("nat", "nats"))}
 SIZES = (1, 3, 4)
-
-
-def ensemble(world: World, labels: Labels, size: int) -> World:
-    """The task with so many reward models; three are there."""
-    if size == len(world.rewards):
-        return world
-    rewards = world.rewards[:size]
-    if size > len(rewards):
-        member = len(rewards)
-        path = world.work / f"{world.name}_more" / f"reward-{member}"
-        rewards = [*rewards, trained(path, lambda at: labels.train(at, labels.plain(member), member))]
-    assert len(rewards) == size
-    return replace(world, name=f"{world.name}_{size}", rewards=rewards)
 
 
 def plot(rows: Sequence[Mapping], path: Path) -> None:
@@ -62,13 +48,14 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
 
 
 def main() -> None:
-    # As many labels as those of the others, none of moved texts; of 8,000 pairs of E2E half are.
-    tasks, cells = over_optimised(__doc__.splitlines()[0], SCALES["full"].settings.content_edits, 8_000)
+    tasks, cells = asked_for(__doc__.splitlines()[0])
     rows = []
-    for world, labels in tasks:
+    for task in (t for t in tasks if t.world.name != "tone"):
+        name, given = task.world.name, task.given(SIZES[-1])
         for size in SIZES:
-            found, _ = summarise(cells(ensemble(world, labels, size)), {"ensembles": BUDGETS}, DRAWN)
-            rows += [{**r, "task": world.name} for r in found]
+            world = task.given() if size == 3 else replace(given, name=f"{name}_{size}", rewards=given.rewards[:size])
+            found, _ = summarise(cells(world), {"ensembles": BUDGETS}, DRAWN)
+            rows += [{**r, "task": name} for r in found]
     publish(rows, "ensembles", plot)
 
 

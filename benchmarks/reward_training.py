@@ -14,7 +14,6 @@ Writes benchmarks/results/reward_training.json and .md.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -32,10 +31,10 @@ from vgf_llm.evaluation.frontier import Task, draw_pool, rescored
 from vgf_llm.evaluation.metrics import bootstrap_ci
 from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import write_atomically, write_report
-from vgf_llm.evaluation.training import artefact, train_reward_model
+from vgf_llm.evaluation.training import artefact, ensemble, train_reward_model
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n_curve
-from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text import VGFSampler
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,9 +72,7 @@ def main() -> None:
     task = Task("content", reviews.content_gold, lambda seed: reviews.generate_prompts(args.prompts, seed, "content"), 64)
 
     def sampler(paths: list[Path]) -> VGFSampler:
-        calibration = [json.loads((p / "calibration.json").read_text()) for p in paths]
-        reward = DifferentiableReward(paths, tokenizer, calibration=calibration)
-        return VGFSampler(model, reward, tokenizer, movers=2, flow_batch_size=512)
+        return VGFSampler(model, ensemble(paths, tokenizer), tokenizer, movers=2, flow_batch_size=512)
 
     pool = None
     rows = []

@@ -2,8 +2,11 @@
 
     python -m benchmarks.trainer_vs_trl                              embedded tasks, all methods, 3 seeds, full weights
     python -m benchmarks.trainer_vs_trl --quick                      shows that everything runs, measures nothing
-    python -m benchmarks.trainer_vs_trl --tasks e2e --e2e-data DIR   after `python -m benchmarks.e2e_nlg --data DIR`
+    python -m benchmarks.trainer_vs_trl --tasks e2e --e2e-data DIR   after benchmarks.e2e_nlg, see below
     python -m benchmarks.trainer_vs_trl --report                     table and figure of all runs that are there
+
+Reward models are of one round of labels, as `Settings` has them; those of E2E come from
+`python -m benchmarks.e2e_nlg --data DIR --moved 0 --work outputs/e2e_one_round`.
 
 Every method starts from the same base model and is trained on the same reward (the proxy ensemble) and the same prompts, with 8
 completions per prompt and `PROMPTS_PER_STEP` prompts per optimizer step, at a rate that falls to zero over the run, as is
@@ -60,6 +63,7 @@ from vgf_llm.data import reviews
 from vgf_llm.evaluation.frontier import seeds_by_place
 from vgf_llm.evaluation.metrics import judge_nll
 from vgf_llm.evaluation.report import write_atomically, write_report
+from vgf_llm.evaluation.training import ensemble
 from vgf_llm.evaluation.world import Settings, build_world
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler
@@ -140,15 +144,11 @@ class Job:
     name: str
     gold: Callable[[str, str], float]
     base: Path
-    rewards: list[Path]
-    calibration: list[tuple[float, float]] | None
+    reward: Callable[[PreTrainedTokenizerBase], DifferentiableReward]
     train: Callable[[int, int], list[str]]
     test: Callable[[int, int], list[str]]
     max_completion_length: int
     horizon: int | None
-
-    def reward(self, tokenizer: PreTrainedTokenizerBase) -> DifferentiableReward:
-        return DifferentiableReward(self.rewards, tokenizer, calibration=self.calibration)
 
 
 def embedded_jobs(directory: Path, settings: Settings, tasks: list[str], log: Callable[[str], None]) -> list[Job]:
@@ -156,7 +156,7 @@ def embedded_jobs(directory: Path, settings: Settings, tasks: list[str], log: Ca
     world = build_world(directory, settings, log)
     return [
         Job(
-            task, reviews.GOLD[task], world.base, world.rewards[task], world.calibration[task],
+            task, reviews.GOLD[task], world.base, partial(ensemble, world.rewards[task]),
             lambda count, seed, task=task: reviews.generate_prompts(count, 10_000 + seed, task),
             lambda count, seed, task=task: reviews.generate_prompts(count, seed, task),
             64, None if task == "tone" else 0,
@@ -180,8 +180,9 @@ def e2e_job(data: Path, models: Path) -> Job:
         return [prompts[i] for i in torch.randint(len(prompts), (count,), generator=generator).tolist()]
 
     (base,) = models.glob("base-*")
-    rewards = sorted(models.glob("reward-*"))
-    return Job("e2e", gold, base, rewards, None, partial(some, asked), partial(some, unseen), MAX_COMPLETION, 0)
+    # Not calibrated: members trained alike have like scales.
+    reward = partial(DifferentiableReward, sorted(models.glob("reward-e2e-*")))
+    return Job("e2e", gold, base, reward, partial(some, asked), partial(some, unseen), MAX_COMPLETION, 0)
 
 
 class Probe(TrainerCallback):
@@ -591,7 +592,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=ROOT / "outputs" / "demo" / "models", help="world of the demonstration")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
     parser.add_argument(
-        "--e2e-models", type=Path, default=ROOT / "outputs" / "e2e", help="where benchmarks.e2e_nlg put its models"
+        "--e2e-models", type=Path, default=ROOT / "outputs" / "e2e_one_round", help="where benchmarks.e2e_nlg put its models"
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "trainer_vs_trl", help="one file per run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "trainer_vs_trl.json")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
         return run(method, SLOW, 1.0, seed)
 
     monkeypatch.setattr(benchmark, "run", once)
-    job = benchmark.Job("t", None, tmp_path, [], None, None, None, 8, 0)
+    job = benchmark.Job("t", None, tmp_path, None, None, None, 8, 0)
     for _ in range(2):
         kept = benchmark.Kept(tmp_path / "runs", 8, 4, lambda line: None)
         kept.run(job, "rloo", "full", 0, 1e-3)
@@ -135,7 +136,8 @@ def test_a_field_is_fitted_once_a_task_and_its_seconds_are_stated_apart(tmp_path
         asked.append((count, seed))
         return ["the food was", "a room", "nice"]
 
-    job = benchmark.Job("t", None, saved["lm"], [saved["reward"]], None, train, None, 6, 0)
+    reward = partial(benchmark.DifferentiableReward, saved["reward"])
+    job = benchmark.Job("t", None, saved["lm"], reward, train, None, 6, 0)
     for seed in (0, 1):  # a second process goes on where the first one was
         benchmark.Kept(tmp_path, 8, 4, lambda line: None).run(job, "vgf_sft", "full", seed, 1e-3)
     assert len(fits) == 1 and asked == [(benchmark.FIELD_PROMPTS, benchmark.FIELD_SEED)]

@@ -21,19 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vgf_llm.data import reviews
 from vgf_llm.flow import TransportBudget
-from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text import VGFSampler
 from vgf_llm.trainer import VGFConfig, VGFTrainer
 
 from .frontier import Measured, Plan, Row, Task, fitted_field, measure_task, row, seeds_by_place
 from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
 from .report import markdown_table, print_table, write_atomically, write_report
-from .training import artefact
-from .world import Settings, World, build_world
+from .training import artefact, ensemble
+from .world import FIELD_SEED, MAX_COMPLETION, Settings, World, build_world
 
 
-MAX_COMPLETION = 64
-FIELD_SEED = 31_000  # of the prompts that a gradient field is fitted to
 STUDENT_BATCH = 16
 STUDENT_LEARNING_RATE = 5e-4
 
@@ -52,7 +50,18 @@ class Scale:
 SCALES = {
     # Shows that everything runs, and measures nothing.
     "quick": Scale(
-        Settings(steps=300, judge_steps=100, trunk_pairs=600, content_pairs=300, content_edits=100, tone_pairs=400, members=2),
+        Settings(
+            steps=300,
+            judge_steps=100,
+            trunk_pairs=600,
+            content_pairs=300,
+            content_edits=60,
+            content_moved=40,
+            tone_pairs=300,
+            tone_moved=100,
+            field_prompts=24,
+            members=2,
+        ),
         Plan(pool=16, kl_budgets=(0.0, 1.0, 4.0), field_prompts=24, own_steps=1, own_rounds=2),
         prompts_per_seed=8,
         seeds=(0,),
@@ -60,7 +69,17 @@ SCALES = {
     ),
     # Minutes on two cores: eleven where they have AVX2 alone.
     "default": Scale(
-        Settings(steps=2_000, judge_steps=400, trunk_pairs=6_000, content_pairs=1_500, content_edits=1_500, tone_pairs=1_200),
+        Settings(
+            steps=2_000,
+            judge_steps=400,
+            trunk_pairs=6_000,
+            content_pairs=1_500,
+            content_edits=750,
+            content_moved=750,
+            tone_pairs=600,
+            tone_moved=600,
+            field_prompts=150,
+        ),
         Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=150, own_steps=1),
         prompts_per_seed=6,
         seeds=(0, 1, 2),
@@ -68,7 +87,9 @@ SCALES = {
     ),
     # What docs/method.md reports.
     "full": Scale(
-        Settings(trunk_pairs=40_000, content_pairs=3_000, content_edits=12_000),
+        Settings(
+            trunk_pairs=40_000, content_pairs=3_000, content_edits=6_000, content_moved=6_000, tone_pairs=1_000, tone_moved=1_000
+        ),
         Plan(),
         prompts_per_seed=32,
         seeds=(0, 1, 2),
@@ -113,7 +134,6 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
             seeds,
             plan,
             work=output_dir / "models",
-            calibration=world.calibration[name],
             log=log,
         )
         rows += _students(output_dir / "models", task, world, settings, plan, seeds, SCALES[scale].student_steps, log)
@@ -157,7 +177,8 @@ def _students(
     """Two policies fitted for the same number of steps to the best of as many completions: plain ones, and VGF particles."""
     rows, n = [], plan.num_particles * plan.rounds
     tokenizer = AutoTokenizer.from_pretrained(world.base)
-    base = VGFSampler(AutoModelForCausalLM.from_pretrained(world.base), _reward(world, task.name), tokenizer, flow_batch_size=512)
+    reward = partial(ensemble, world.rewards[task.name], tokenizer)
+    base = VGFSampler(AutoModelForCausalLM.from_pretrained(world.base), reward(), tokenizer, flow_batch_size=512)
     field = fitted_field(task, base, world.rewards[task.name], plan, directory, log)
     for method in ("student_best_of_n", "student_vgf"):
         measured = Measured([], [], [], [], [], [], [], [], [], 0.0)
@@ -168,7 +189,7 @@ def _students(
                 started = time.perf_counter()
                 trainer = VGFTrainer(
                     model=str(world.base),
-                    reward_funcs=_reward(world, task.name),
+                    reward_funcs=reward(),
                     args=VGFConfig(
                         output_dir=str(out),
                         num_generations=n,
@@ -206,11 +227,6 @@ def _students(
     return rows
 
 
-def _reward(world: World, task: str) -> DifferentiableReward:
-    tokenizer = AutoTokenizer.from_pretrained(world.base)
-    return DifferentiableReward(world.rewards[task], tokenizer, calibration=world.calibration[task])
-
-
 def _judge_student(measured: Measured, task: Task, world: World, path: Path, seed: int) -> None:
     """Fresh samples of the student: 8 per held-out prompt, all of them counted. KL(student || base) from the same samples."""
     tokenizer = AutoTokenizer.from_pretrained(world.base)
@@ -218,7 +234,7 @@ def _judge_student(measured: Measured, task: Task, world: World, path: Path, see
     base, judge = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (world.base, world.judge))
     prompts = task.prompts(seed)
     out = (
-        VGFSampler(student, _reward(world, task.name), tokenizer, flow_batch_size=512)
+        VGFSampler(student, ensemble(world.rewards[task.name], tokenizer), tokenizer, flow_batch_size=512)
         .sample(prompts, 8, TransportBudget(steps=0), task.max_completion_length, seed=seeds_by_place(seed, prompts))
         .initial
     )

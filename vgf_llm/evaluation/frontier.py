@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vgf_llm.flow import TransportBudget, best_of_n_curve, best_of_n_kl
 from vgf_llm.text import DifferentiableReward, VGFOutput, VGFSampler
-from vgf_llm.text.field import GradientField, fit_field
+from vgf_llm.text.field import GradientField
 from vgf_llm.text.sampler import Direction
 
 from .controls import flip, random_direction, shuffle_positions
@@ -29,7 +28,7 @@ from .metrics import (
     reward_quantile_kl,
     selection_kl,
 )
-from .training import artefact
+from .training import ensemble, trained_field
 
 
 Gold = Callable[[str, str], float]
@@ -347,25 +346,13 @@ def runs(plan: Plan, whole: bool, correlation: float) -> list[Run]:
 def fitted_field(
     task: Task, sampler: VGFSampler, members: Sequence[Path], plan: Plan, work: Path, log: Callable[[str], None]
 ) -> Path:
-    """A gradient field of the sampler's reward, which is of these members, on prompts that are not held out. Kept in `work`, with
-    the seconds it took."""
-
-    def make(out: Path, recipe: object) -> None:
-        if task.seen is None:
-            raise ValueError(f"task {task.name!r} names no prompts (seen) to fit a gradient field to")
-        started = time.perf_counter()
-        field = fit_field(
-            sampler,
-            task.seen(plan.field_prompts),
-            num_samples=plan.field_samples,
-            max_completion_length=task.max_completion_length,
-            progress=True,
-        )
-        field.save_pretrained(out)
-        (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
-
-    recipe = (plan.field_prompts, plan.field_samples, [member.name for member in members])
-    return artefact(work, f"field-{task.name}-{len(members)}", recipe, make, log, ("data", "flow", "text"))
+    """A gradient field of the sampler's reward, which is of these members, on prompts that are not held out. Kept in `work`."""
+    if task.seen is None:
+        raise ValueError(f"task {task.name!r} names no prompts (seen) to fit a gradient field to")
+    return trained_field(
+        work, f"{task.name}-{len(members)}", sampler, members, task.seen(plan.field_prompts), num_samples=plan.field_samples,
+        max_completion_length=task.max_completion_length, log=log,
+    )  # fmt: skip
 
 
 def measure_task(
@@ -377,7 +364,6 @@ def measure_task(
     plan: Plan | None = None,
     *,
     work: Path,
-    calibration: Sequence[tuple[float, float]] | None = None,
     log: Callable[[str], None],
 ) -> list[Row]:
     """All rows of one task: base, best-of-n, VGF over budgets, its controls; with all members and with one.
@@ -389,10 +375,7 @@ def measure_task(
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     judge_model = AutoModelForCausalLM.from_pretrained(judge).eval()
-    if calibration is None:
-        calibration = [tuple(json.loads((Path(m) / "calibration.json").read_text())) for m in members]
-    ensemble = DifferentiableReward(list(members), tokenizer, calibration=calibration)
-    single = DifferentiableReward(members[0], tokenizer, calibration=calibration[:1])
+    several, single = ensemble(members, tokenizer), ensemble(members[:1], tokenizer)
 
     def sampler(reward: DifferentiableReward, field: GradientField | None = None, movers: int | None = None) -> VGFSampler:
         return VGFSampler(
@@ -402,13 +385,13 @@ def measure_task(
 
     rows: list[Row] = []
     log(f"{task.name}: a pool of {plan.pool} samples per prompt")
-    pool = draw_pool(task, sampler(ensemble), judge_model, seeds, plan.pool)
-    for reward, size in ((ensemble, len(members)), (single, 1)):
+    pool = draw_pool(task, sampler(several), judge_model, seeds, plan.pool)
+    for reward, size in ((several, len(members)), (single, 1)):
         if reward is single:
             pool = rescored(pool, task, sampler(single), seeds)
         rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
         field = GradientField.from_pretrained(fitted_field(task, sampler(reward), members[:size], plan, work, log))
-        for run in runs(plan, reward is ensemble, float(field.correlation)):
+        for run in runs(plan, reward is several, float(field.correlation)):
             budget = run.budget
             log(
                 f"{task.name}: {run.method}, {run.gradient} gradient, {budget.kl_budget:g} nats"

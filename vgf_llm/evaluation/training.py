@@ -1,4 +1,4 @@
-"""Training of the models that something is measured on: language models from scratch, reward models on pairs.
+"""Training of the models that something is measured on: language models from scratch, reward models on pairs, fields.
 
 Every artefact is a directory in the format of `save_pretrained`, made once per setting and found again by a hash of it, and it
 appears whole or not at all.
@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,13 +32,15 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from vgf_llm.text import DifferentiableReward, VGFSampler
+from vgf_llm.text.field import fit_field
 from vgf_llm.text.reward import mix_embeddings
 
 
 Texts = TypeVar("Texts", bound=tuple[str, ...])
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-RECIPES = ("training.py", "preferences.py", "world.py")
+RECIPES = ("training.py", "preferences.py", "labels.py", "world.py")
 
 
 def artefact(
@@ -246,6 +249,38 @@ def train_reward_model(
     texts = [row[side] for row in rows[:held_out] for side in ("chosen", "rejected")]
     scores = _scores(model.eval(), tokenizer, texts)
     (out / "calibration.json").write_text(json.dumps([float(scores.mean()), float(scores.std())]))
+
+
+def ensemble(members: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> DifferentiableReward:
+    """Reward models that `train_reward_model` has made as one reward, each with the calibration beside it."""
+    calibration = [tuple(json.loads((member / "calibration.json").read_text())) for member in members]
+    return DifferentiableReward(list(members), tokenizer, calibration=calibration)
+
+
+def trained_field(
+    directory: Path,
+    name: str,
+    sampler: VGFSampler,
+    members: Sequence[Path],
+    prompts: Sequence[str],
+    *,
+    max_completion_length: int,
+    num_samples: int = 8,
+    seed: int = 0,
+    log: Callable[[str], None],
+) -> Path:
+    """A gradient field of the sampler's reward, which is of these members; the seconds it took beside it."""
+
+    def make(out: Path, recipe: object) -> None:
+        started = time.perf_counter()
+        field = fit_field(
+            sampler, prompts, num_samples=num_samples, max_completion_length=max_completion_length, seed=seed, progress=True
+        )
+        field.save_pretrained(out)
+        (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+
+    recipe = (tuple(prompts), num_samples, max_completion_length, seed, [member.name for member in members])
+    return artefact(directory, f"field-{name}", recipe, make, log, ("data", "flow", "text"))
 
 
 @torch.no_grad()

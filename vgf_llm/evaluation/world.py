@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,13 @@ from pathlib import Path
 
 from vgf_llm.data import reviews
 
-from . import preferences
+from .labels import Labels, train_members
+from .preferences import Pair, preference_pairs
 from .training import artefact, train_language_model, train_reward_model, word_tokenizer
+
+
+MAX_COMPLETION = 64  # tokens; the longest text of the grammar has fewer
+FIELD_SEED = 31_000  # of the prompts that gradient fields are fitted to
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,26 @@ class Settings:
     trunk_pairs: int = 10_000
     content_pairs: int = 2_000
     content_edits: int = 4_000
+    content_moved: int = 0  # comparisons of moved texts (labels.py); 0: one round of labels
     content_noise: float = 0.1  # in units of the gold reward: differences are 0.17 to 1.5
     tone_pairs: int = 2_000
+    tone_moved: int = 0
     tone_noise: float = 2.0  # in words
     reward_learning_rate: float = 1e-3
+    field_prompts: int = 1_000  # that the field of the first round is fitted to
 
 
 @dataclass(frozen=True)
 class World:
     """Directories of the trained models.
 
-    `rewards[task]` are the members of that task's proxy, each with its calibration; `trunk` is what those of content start from.
+    `rewards[task]` are the members of that task's proxy (`training.ensemble`); `trunk` is what those of content start from.
     """
 
     base: Path
     judge: Path
     trunk: Path
     rewards: dict[str, list[Path]]
-    calibration: dict[str, list[tuple[float, float]]]
 
 
 def build_world(directory: Path, settings: Settings, log: Callable[[str], None]) -> World:
@@ -58,18 +64,71 @@ def build_world(directory: Path, settings: Settings, log: Callable[[str], None])
     base = artefact(directory, "base", settings, _train_base, log)
     judge = artefact(directory, "judge", settings, _train_judge, log)
     trunk = artefact(directory, "reward-trunk", settings, partial(_train_trunk, base=base), log)
-    makers = {"content": partial(_train_content, trunk=trunk, base=base), "tone": partial(_train_tone, base=base)}
-    rewards = {
-        task: [
-            artefact(directory, f"reward-{task}-{member}", settings, partial(make, member=member), log)
-            for member in range(settings.members)
-        ]
-        for task, make in makers.items()
-    }
-    calibration: dict[str, list[tuple[float, float]]] = {
-        task: [tuple(json.loads((p / "calibration.json").read_text())) for p in paths] for task, paths in rewards.items()
-    }
-    return World(base, judge, trunk, rewards, calibration)
+    labels = {"content": content_labels(settings, base, trunk), "tone": tone_labels(settings, base)}
+    return World(
+        base,
+        judge,
+        trunk,
+        {name: train_members(directory, name, base, of, settings.members, settings, log) for name, of in labels.items()},
+    )
+
+
+def content_labels(s: Settings, base: Path, trunk: Path) -> Labels:
+    """What members of the content reward compare: generated texts, edits of the base model's own, moved ones. They start from the
+    trunk, and are trained between tokens too (`mix_embeddings`)."""
+
+    def seed(member: int) -> int:
+        return s.seed * 1000 + member + 1
+
+    def prompts(member: int) -> list[str]:
+        return reviews.generate_prompts(1_000, 20_000 + seed(member), "content")
+
+    def plain(member: int) -> list[Pair]:
+        generated = reviews.generate_preferences(s.content_pairs, seed(member), "content", s.content_noise)
+        edits = preference_pairs(
+            base, prompts(member), reviews.content_gold, samples=0, edits=s.content_edits, noise=s.content_noise,
+            max_completion_length=MAX_COMPLETION, seed=seed(member),
+        )  # fmt: skip
+        pairs = [(p.prompt, p.chosen, p.rejected) for p in generated] + edits
+        random.Random(seed(member)).shuffle(pairs)
+        return pairs
+
+    def train(out: Path, pairs: list[Pair], member: int) -> None:
+        _fit_reward(out, s, trunk, pairs, seed(member), f"content-{member}", base)
+
+    return _labels(s, "content", plain, s.content_moved, prompts, s.content_noise, train)
+
+
+def tone_labels(s: Settings, base: Path) -> Labels:
+    """What members of the tone reward compare: generated texts and moved ones. They start from the base model."""
+
+    def seed(member: int) -> int:
+        return s.seed * 1000 + member
+
+    def plain(member: int) -> list[Pair]:
+        generated = reviews.generate_preferences(s.tone_pairs, seed(member), "tone", s.tone_noise)
+        return [(p.prompt, p.chosen, p.rejected) for p in generated]
+
+    def prompts(member: int) -> list[str]:
+        return reviews.generate_prompts(1_000, 20_000 + seed(member), "tone")
+
+    def train(out: Path, pairs: list[Pair], member: int) -> None:
+        _fit_reward(out, s, base, pairs, seed(member), f"tone-{member}", base)
+
+    return _labels(s, "tone", plain, s.tone_moved, prompts, s.tone_noise, train)
+
+
+def _labels(
+    s: Settings,
+    task: str,
+    plain: Callable[[int], list[Pair]],
+    moved: int,
+    prompts: Callable[[int], list[str]],
+    noise: float,
+    train: Callable[[Path, list[Pair], int], None],
+) -> Labels:
+    seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, task)
+    return Labels(plain, moved, prompts, seen, reviews.GOLD[task], noise, MAX_COMPLETION, train)
 
 
 def _train_base(out: Path, s: Settings) -> None:
@@ -106,35 +165,7 @@ def _train_trunk(out: Path, s: Settings, base: Path) -> None:
     _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], s.seed * 1000, "trunk", None)
 
 
-def _train_content(out: Path, s: Settings, member: int, trunk: Path, base: Path) -> None:
-    """A member of its own: other comparisons, edits of the base model's own texts, and embeddings between tokens."""
-    seed = s.seed * 1000 + member + 1
-    pairs = [
-        (p.prompt, p.chosen, p.rejected) for p in reviews.generate_preferences(s.content_pairs, seed, "content", s.content_noise)
-    ]
-    pairs += preferences.preference_pairs(
-        base,
-        reviews.generate_prompts(1_000, 20_000 + seed, "content"),
-        reviews.content_gold,
-        samples=0,
-        edits=s.content_edits,
-        noise=s.content_noise,
-        max_completion_length=64,
-        seed=seed,
-    )
-    random.Random(seed).shuffle(pairs)
-    _fit_reward(out, s, trunk, pairs, seed, f"content-{member}", base)
-
-
-def _train_tone(out: Path, s: Settings, member: int, base: Path) -> None:
-    seed = s.seed * 1000 + member
-    pairs = reviews.generate_preferences(s.tone_pairs, seed, "tone", s.tone_noise)
-    _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], seed, f"tone-{member}", base)
-
-
-def _fit_reward(
-    out: Path, s: Settings, start: Path, pairs: list[tuple[str, str, str]], seed: int, name: str, mixtures_of: Path | None
-) -> None:
+def _fit_reward(out: Path, s: Settings, start: Path, pairs: list[Pair], seed: int, name: str, mixtures_of: Path | None) -> None:
     train_reward_model(
         out,
         start,
