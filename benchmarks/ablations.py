@@ -338,7 +338,8 @@ def main() -> None:
     if args.quick:
         args.prompts, args.seeds, args.pool = 2, [0], 16
     elif args.confirm or args.field:
-        args.prompts, args.seeds, args.pool = CONFIRMING_PROMPTS, list(CONFIRMING_SEEDS), CONFIRMING_POOL
+        args.prompts, args.seeds = CONFIRMING_PROMPTS, list(CONFIRMING_SEEDS)
+        args.pool = CONFIRMING_POOL if args.confirm else args.pool
     other = "confirmed" if args.confirm else "field" if args.field else None
     kind = "quick" if args.quick else other or f"{args.prompts}x{len(args.seeds)}"
     work = args.work or ROOT / "outputs" / "ablations" / kind
@@ -356,7 +357,7 @@ def main() -> None:
         # 24 for each of four seeds are all that is held out.
         world = e2e_world(args.e2e_models, args.e2e_data, min(args.prompts, 24 if other else 10), args.seeds, work)
         some = groups if other else {group: {name: groups[group][name] for name in names} for group, names in E2E.items()}
-        tasks.append((Cells(world, args.seeds, min(args.pool, 64), work, not args.publish), some))
+        tasks.append((Cells(world, args.seeds, args.pool if other else min(args.pool, 64), work, not args.publish), some))
     rows, absent = [], []
     against = groups["field"]["own, 7 x 2, 2 nats"] if args.field and not args.quick else REFERENCE
     for cells, of_task in tasks:

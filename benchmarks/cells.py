@@ -437,9 +437,9 @@ class Cells:
 
     def pool(self, members: int) -> dict | None:
         if members == 0:
-            return self._kept("pool", lambda: draw_pool(self.world, self.seeds, self.size))
+            return self._kept(f"pool-{self.size}", lambda: draw_pool(self.world, self.seeds, self.size))
         everyone = self.pool(0)
-        return everyone and self._kept("pool-1", lambda: judged_by_one(self.world, self.seeds, everyone))
+        return everyone and self._kept(f"pool-{self.size}-1", lambda: judged_by_one(self.world, self.seeds, everyone))
 
     def forecasts(self) -> dict | None:
         return self._kept("forecasts", lambda: forecasts(self.world, self.seeds[0]))

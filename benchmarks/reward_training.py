@@ -32,7 +32,7 @@ from vgf_llm.evaluation.metrics import bootstrap_ci
 from vgf_llm.evaluation.preferences import preference_pairs
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.evaluation.training import artefact, ensemble, train_reward_model
-from vgf_llm.evaluation.world import Settings, build_world
+from vgf_llm.evaluation.world import Settings, build_world, trunk_model
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import VGFSampler
 
@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
     console, started, settings = Console(), time.perf_counter(), Settings()
-    world = build_world(args.work, settings, console.log)
+    world = build_world(args.work, settings, console.log, tasks=["content"])
+    trunk = trunk_model(args.work, settings, console.log)
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     model, judge = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (world.base, world.judge))
     task = Task("content", reviews.content_gold, lambda seed: reviews.generate_prompts(args.prompts, seed, "content"), 64)
@@ -82,7 +83,7 @@ def main() -> None:
             kind, seed = recipe
             pairs = comparisons(settings, world.base, edits, seed)
             train_reward_model(
-                out, world.trunk, pairs, learning_rate=settings.reward_learning_rate, seed=seed, name=f"{kind}, {seed}",
+                out, trunk, pairs, learning_rate=settings.reward_learning_rate, seed=seed, name=f"{kind}, {seed}",
                 max_length=128, mixtures=(world.base, ":") if mixtures else None,
             )  # fmt: skip
 

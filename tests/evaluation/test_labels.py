@@ -53,18 +53,7 @@ def test_a_second_round_adds_pairs_that_the_first_has_moved(saved, asked, tmp_pa
         assert all(count_good(p, chosen) > count_good(p, rejected) for p, chosen, rejected in moved)
     assert given["reward-words-0"][1:] != given["reward-words-1"][1:]
     assert [message.split()[-1] for message in said] == [
-        "reward-words-0", "first-words-0", "first-words-1", "field-first-words", "reward-words-1",
+        "first-words-0", "first-words-1", "field-first-words", "reward-words-0", "reward-words-1",
     ]  # fmt: skip
     assert train_members(tmp_path, "words", saved["lm"], labels(30), 2, "recipe", said.append) == paths
     assert len(said) == 5
-
-
-def test_what_is_there_needs_no_first_round(saved, asked, tmp_path):
-    labels, given = asked
-    paths = train_members(tmp_path, "words", saved["lm"], labels(30), 1, "recipe", lambda message: None)
-    for path in tmp_path.iterdir():
-        if path not in paths:
-            path.rename(tmp_path.parent / path.name)
-    given.clear()
-    assert train_members(tmp_path, "words", saved["lm"], labels(30), 1, "recipe", lambda message: None) == paths
-    assert not given

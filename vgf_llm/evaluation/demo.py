@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,7 @@ from .metrics import judge_nll
 from .plots import plot_budget, plot_frontier, plot_generations
 from .report import markdown_table, print_table, write_atomically, write_report
 from .training import artefact, ensemble
-from .world import FIELD_SEED, MAX_COMPLETION, Settings, World, build_world
+from .world import FIELD_SEED, MAX_COMPLETION, Settings, World, base_model, build_world, judge_model
 
 
 STUDENT_BATCH = 16
@@ -101,47 +104,28 @@ SCALES = {
 def run_demo(output_dir: Path, scale: str = "default") -> dict:
     """Run everything, write `report.json`, its tables (`report.md`) and the plots to `output_dir`, print and return the report.
 
-    Trained models are kept under `output_dir/models` and found again by their settings.
+    Trained models are kept under `output_dir/models` and found again by their settings. A second process takes a share of the
+    work.
 
     Raises:
         ValueError: `scale` is not one of `SCALES`.
+        RuntimeError: the second process failed; it has said why.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    settings, plan, prompts, seeds = (getattr(SCALES[scale], f) for f in ("settings", "plan", "prompts_per_seed", "seeds"))
     # A pipe or a log file has no width of its own.
-    console, started = Console(width=None if sys.stdout.isatty() else 120), time.perf_counter()
-    # Progress bars stay; what the libraries say about freshly initialised heads is no news here.
-    transformers.logging.set_verbosity_error()
-
-    def log(message: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - started:6.0f} s[/dim]  {message}")
-
-    world = build_world(output_dir / "models", settings, log)
-    trained = time.perf_counter() - started
-
-    rows: list[Row] = []
-    for name, gold in reviews.GOLD.items():
-        task = Task(
-            name, gold, partial(_prompts, count=prompts, task=name), MAX_COMPLETION, None if name == "tone" else 0,
-            partial(reviews.generate_prompts, seed=FIELD_SEED, task=name),
-        )  # fmt: skip
-        rows += measure_task(
-            task,
-            world.base,
-            world.judge,
-            world.rewards[name],
-            seeds,
-            plan,
-            work=output_dir / "models",
-            log=log,
-        )
-        rows += _students(output_dir / "models", task, world, settings, plan, seeds, SCALES[scale].student_steps, log)
+    console, started = Console(width=None if sys.stdout.isatty() else 120), time.time()
+    log = partial(_log, console, started)
+    with _second_process(output_dir, scale, "judge", started):
+        _work_on(output_dir, scale, "base", log)
+    with _second_process(output_dir, scale, "tone", started) as of_tone:
+        rows = _work_on(output_dir, scale, "content", log)
+    rows += json.loads(of_tone.read_text(encoding="utf-8"))
     report = {
         "rows": rows,
-        "seconds": {"total": time.perf_counter() - started, "models": trained},
+        "seconds": time.time() - started,
         "scale": scale,
-        "prompts_per_seed": prompts,
+        "prompts_per_seed": SCALES[scale].prompts_per_seed,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
@@ -158,6 +142,54 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
     plot_budget(rows, output_dir / "budget.png")
     log(f"wrote {output_dir / 'report.json'} and report.md, frontier.png, generations.png, budget.png beside it")
     return report
+
+
+def _log(console: Console, started: float, message: str) -> None:
+    console.print(f"[dim]{time.time() - started:6.0f} s[/dim]  {message}")
+
+
+@contextmanager
+def _second_process(output_dir: Path, scale: str, part: str, started: float) -> Iterator[Path]:
+    """Has a part done beside what stands in the block; its rows are in the file at the end. Models this small keep one core busy
+    and cannot use two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows = output_dir / f".{part}.json"
+    # Its progress bars get a line of their own.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_POSITION": "1"}
+    command = [sys.executable, "-m", __name__, str(output_dir), scale, part, repr(started), str(rows)]
+    process = subprocess.Popen(command, env=environment)
+    try:
+        yield rows
+        if process.wait():
+            raise RuntimeError(f"the process that works on {part} of the demonstration ended with status {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+        torch.set_num_threads(threads)
+
+
+def _second_process_main(output_dir: str, scale: str, part: str, started: str, rows: str) -> None:
+    log = partial(_log, Console(width=None if sys.stdout.isatty() else 120), float(started))
+    write_atomically(Path(rows), json.dumps(_work_on(Path(output_dir), scale, part, log)).encode())
+
+
+def _work_on(output_dir: Path, scale: str, part: str, log: Callable[[str], None]) -> list[Row]:
+    """`part` is "base" or "judge", a model that is trained, or a task, the rows of which are returned."""
+    # Progress bars stay; what the libraries say about freshly initialised heads is no news here.
+    transformers.logging.set_verbosity_error()
+    size, models = SCALES[scale], output_dir / "models"
+    if part in ("base", "judge"):
+        {"base": base_model, "judge": judge_model}[part](models, size.settings, log)
+        return []
+    world = build_world(models, size.settings, log, tasks=[part])
+    task = Task(
+        part, reviews.GOLD[part], partial(_prompts, count=size.prompts_per_seed, task=part), MAX_COMPLETION,
+        None if part == "tone" else 0, partial(reviews.generate_prompts, seed=FIELD_SEED, task=part),
+    )  # fmt: skip
+    rows = measure_task(task, world.base, world.judge, world.rewards[part], size.seeds, size.plan, work=models, log=log)
+    return rows + _students(models, task, world, size.settings, size.plan, size.seeds, size.student_steps, log)
 
 
 def _prompts(seed: int, count: int, task: str) -> list[str]:
@@ -257,3 +289,7 @@ def _judge_student(measured: Measured, task: Task, world: World, path: Path, see
     measured.completions += [cs[0] for cs in out.completions]
     measured.generations += [1.0] * len(prompts)
     measured.seconds += json.loads((path / "seconds.json").read_text())
+
+
+if __name__ == "__main__":
+    _second_process_main(*sys.argv[1:])

@@ -72,22 +72,18 @@ def train_members(
     if not labels.moved:
         return trained("reward", plain)
 
-    @cache
-    def along_the_first() -> VGFSampler:
-        first = trained("first", plain)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
-        sampler = VGFSampler(model, ensemble(first, tokenizer), tokenizer, flow_batch_size=512)
-        field = trained_field(
-            directory, f"first-{task}", sampler, first, labels.seen, max_completion_length=labels.max_completion_length,
-            seed=FIRST_SEED, log=log,
-        )  # fmt: skip
-        return VGFSampler(
-            model, sampler.reward, tokenizer, flow_batch_size=512, gradient_field=GradientField.from_pretrained(field)
-        )
+    first = trained("first", plain)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    sampler = VGFSampler(model, ensemble(first, tokenizer), tokenizer, flow_batch_size=512)
+    field = trained_field(
+        directory, f"first-{task}", sampler, first, labels.seen, max_completion_length=labels.max_completion_length,
+        seed=FIRST_SEED, log=log,
+    )  # fmt: skip
+    sampler.field = GradientField.from_pretrained(field)
 
     def with_moved(member: int) -> list[Pair]:
         pairs = plain(member) + moved_pairs(
-            along_the_first(), labels.prompts(member), labels.gold, count=labels.moved, noise=labels.noise,
+            sampler, labels.prompts(member), labels.gold, count=labels.moved, noise=labels.noise,
             max_completion_length=labels.max_completion_length, seed=member,
         )  # fmt: skip
         random.Random(member).shuffle(pairs)

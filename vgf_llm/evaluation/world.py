@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,29 +48,40 @@ class Settings:
 
 @dataclass(frozen=True)
 class World:
-    """Directories of the trained models.
-
-    `rewards[task]` are the members of that task's proxy (`training.ensemble`); `trunk` is what those of content start from.
-    """
+    """Directories of the trained models; `rewards[task]` are the members of that task's proxy (`training.ensemble`)."""
 
     base: Path
     judge: Path
-    trunk: Path
     rewards: dict[str, list[Path]]
 
 
-def build_world(directory: Path, settings: Settings, log: Callable[[str], None]) -> World:
+def build_world(
+    directory: Path, settings: Settings, log: Callable[[str], None], tasks: Sequence[str] = ("content", "tone")
+) -> World:
     """Train what is missing under `directory` and return where everything is."""
-    base = artefact(directory, "base", settings, _train_base, log)
-    judge = artefact(directory, "judge", settings, _train_judge, log)
-    trunk = artefact(directory, "reward-trunk", settings, partial(_train_trunk, base=base), log)
-    labels = {"content": content_labels(settings, base, trunk), "tone": tone_labels(settings, base)}
-    return World(
-        base,
-        judge,
-        trunk,
-        {name: train_members(directory, name, base, of, settings.members, settings, log) for name, of in labels.items()},
-    )
+    base, judge = base_model(directory, settings, log), judge_model(directory, settings, log)
+    labels = {
+        "content": lambda: content_labels(settings, base, trunk_model(directory, settings, log)),
+        "tone": lambda: tone_labels(settings, base),
+    }
+    rewards = {name: train_members(directory, name, base, labels[name](), settings.members, settings, log) for name in tasks}
+    return World(base, judge, rewards)
+
+
+def base_model(directory: Path, settings: Settings, log: Callable[[str], None]) -> Path:
+    """What all samples are drawn from, trained if it is not there."""
+    return artefact(directory, "base", settings, _train_base, log)
+
+
+def judge_model(directory: Path, settings: Settings, log: Callable[[str], None]) -> Path:
+    """Other texts and another initialisation than the base model: what only the base model finds fluent does not pass."""
+    return artefact(directory, "judge", settings, _train_judge, log)
+
+
+def trunk_model(directory: Path, settings: Settings, log: Callable[[str], None]) -> Path:
+    """What members of the content reward start from: comparisons of texts in which one thing that is said differs."""
+    train = partial(_train_trunk, base=base_model(directory, settings, log))
+    return artefact(directory, "reward-trunk", settings, train, log)
 
 
 def content_labels(s: Settings, base: Path, trunk: Path) -> Labels:
@@ -136,7 +147,6 @@ def _train_base(out: Path, s: Settings) -> None:
 
 
 def _train_judge(out: Path, s: Settings) -> None:
-    """Other texts and another initialisation than the base model: what only the base model finds fluent does not pass."""
     _train_lm(out, s, s.seed + 1, s.judge_steps, "judge")
 
 
@@ -160,7 +170,6 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
 
 
 def _train_trunk(out: Path, s: Settings, base: Path) -> None:
-    """What all members of the content reward start from: comparisons of texts in which one thing that is said differs."""
     pairs = reviews.generate_preferences(s.trunk_pairs, s.seed * 1000, "content", s.content_noise)
     _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], s.seed * 1000, "trunk", None)
 
