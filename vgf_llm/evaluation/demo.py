@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -120,7 +121,7 @@ def run_demo(output_dir: Path, scale: str = "default") -> dict:
         _work_on(output_dir, scale, "base", log)
     with _second_process(output_dir, scale, "tone", started) as of_tone:
         rows = _work_on(output_dir, scale, "content", log)
-    rows += json.loads(of_tone.read_text(encoding="utf-8"))
+    rows += of_tone
     report = {
         "rows": rows,
         "seconds": time.time() - started,
@@ -149,30 +150,34 @@ def _log(console: Console, started: float, message: str) -> None:
 
 
 @contextmanager
-def _second_process(output_dir: Path, scale: str, part: str, started: float) -> Iterator[Path]:
-    """Has a part done beside what stands in the block; its rows are in the file at the end. Models this small keep one core busy
-    and cannot use two."""
+def _second_process(output_dir: Path, scale: str, part: str, started: float) -> Iterator[list[Row]]:
+    """Has a part done beside what stands in the block; its rows are there at the end. Models this small keep one core busy and
+    cannot use two."""
+    rows: list[Row] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rows = output_dir / f".{part}.json"
     # Its progress bars get a line of their own.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_POSITION": "1"}
-    command = [sys.executable, "-m", __name__, str(output_dir), scale, part, repr(started), str(rows)]
-    process = subprocess.Popen(command, env=environment)
-    try:
-        yield rows
-        if process.wait():
-            raise RuntimeError(f"the process that works on {part} of the demonstration ended with status {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
-        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as directory:
+        found = Path(directory) / "rows.json"
+        command = [sys.executable, "-m", __name__, str(output_dir), scale, part, repr(started), str(found)]
+        process = subprocess.Popen(command, env=environment)
+        try:
+            yield rows
+            if process.wait():
+                raise RuntimeError(
+                    f"the process that works on {part} of the demonstration ended with status {process.returncode}"
+                )
+            rows += json.loads(found.read_text(encoding="utf-8"))
+        finally:
+            process.kill()
+            process.wait()
+            torch.set_num_threads(threads)
 
 
 def _second_process_main(output_dir: str, scale: str, part: str, started: str, rows: str) -> None:
     log = partial(_log, Console(width=None if sys.stdout.isatty() else 120), float(started))
-    write_atomically(Path(rows), json.dumps(_work_on(Path(output_dir), scale, part, log)).encode())
+    Path(rows).write_text(json.dumps(_work_on(Path(output_dir), scale, part, log)), encoding="utf-8")
 
 
 def _work_on(output_dir: Path, scale: str, part: str, log: Callable[[str], None]) -> list[Row]:
