@@ -76,10 +76,12 @@ def main() -> None:
     started, results = time.perf_counter(), {}
     for task in known_tasks(args):
         name = task.name
-        sampler = task.sampler(gradient_field=str(task.field()))
+        field = task.field()
+        sampler = task.sampler(gradient_field=str(field))
         folds = []
         for seed in SEEDS:
-            kept = args.work / f"{name}-{seed}.pickle"
+            # The name of the field's folder follows from all models that it was fitted to.
+            kept = args.work / f"{field.name}-{seed}.pickle"
             if not kept.is_file():
                 begun = time.process_time()
                 found = measure_budgets(
