@@ -71,7 +71,7 @@ SCALES = {
         seeds=(0,),
         student_steps=2,
     ),
-    # Minutes on two cores: eleven where they have AVX2 alone.
+    # Minutes on two cores.
     "default": Scale(
         Settings(
             steps=2_000,
