@@ -15,12 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cells import BLUE, VERMILION, new_figure, save_figure, shared_legend, summarise
-from benchmarks.labels import DRAWN, NAMES, VARIANTS, asked_for, publish
+from benchmarks.cells import BLUE, VERMILION, World, new_figure, save_figure, shared_legend, summarise
+from benchmarks.labels import DRAWN, NAMES, VARIANTS, Task, asked_for, publish
 
 
 BUDGETS = {name: variant for name, variant in VARIANTS.items() if name.endswith(("nat", "nats"))}
 SIZES = (1, 3, 4)
+
+
+def of_size(task: Task, size: int) -> World:
+    """The task with so many reward models; those as given are three."""
+    given = task.given(max(size, 3))
+    return given if size == 3 else replace(given, name=f"{task.world.name}_{size}", rewards=given.rewards[:size])
 
 
 def plot(rows: Sequence[Mapping], path: Path) -> None:
@@ -51,11 +57,9 @@ def main() -> None:
     tasks, cells = asked_for(__doc__.splitlines()[0])
     rows = []
     for task in (t for t in tasks if t.world.name != "tone"):
-        name, given = task.world.name, task.given(SIZES[-1])
         for size in SIZES:
-            world = task.given() if size == 3 else replace(given, name=f"{name}_{size}", rewards=given.rewards[:size])
-            found, _ = summarise(cells(world), {"ensembles": BUDGETS}, DRAWN)
-            rows += [{**r, "task": name} for r in found]
+            found, _ = summarise(cells(of_size(task, size)), {"ensembles": BUDGETS}, DRAWN)
+            rows += [{**r, "task": task.world.name} for r in found]
     publish(rows, "ensembles", plot)
 
 

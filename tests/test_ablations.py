@@ -1,13 +1,13 @@
 """What benchmarks/ablations.py compares: its moves by their contracts, its differences by hand."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import cells, ensembles, labels, moves
 from tests import tiny
+from vgf_llm.evaluation.labels import Labels
 from vgf_llm.flow import TransportBudget, best_of_n_curve
 from vgf_llm.text import VGFSampler, decode
 
@@ -170,44 +170,18 @@ def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
     assert len(calls) == 2 and absent.of(cells.REFERENCE) is not None
 
 
-def test_labels_along_the_flow_replace_as_many_of_the_given_ones(tmp_path, monkeypatch):
-    seen = []
-
-    def moved(sampler, prompts, gold, *, count, noise, max_completion_length, seed):
-        seen.append((sampler, tuple(prompts), count, noise, max_completion_length, seed))
-        return [("p", "moved", str(i)) for i in range(count)]
-
-    def train(at, pairs, member):
-        (at / "pairs.txt").write_text("\n".join(second for _, second, _ in pairs))
-
-    monkeypatch.setattr(labels, "moved_pairs", moved)
-    monkeypatch.setattr(cells.World, "sampler", lambda world, variant: [str(path) for path in world.rewards])
-    world = cells.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
-    given = labels.Labels(lambda member: [("p", f"plain {member}", "r")] * 3, lambda member: [f"q{member}"], 2, 0.5, train)
-    after = labels.along_the_flow(world, given)
-    first = [str(tmp_path / "t_first" / f"reward-{k}") for k in range(3)]
-    assert seen == [(first, (f"q{k}",), 2, 0.5, 8, k) for k in range(3)]
-    assert after.name == "t_moved" and after.rewards == [tmp_path / "t_moved" / f"reward-{k}" for k in range(3)]
-    for k, path in enumerate(after.rewards):
-        assert Path(first[k], "pairs.txt").read_text().split("\n") == [f"plain {k}"] * 3
-        assert sorted((path / "pairs.txt").read_text().split("\n")) == ["moved"] * 2 + [f"plain {k}"] * 3
-    labels.along_the_flow(world, given)
-    assert len(seen) == 3  # what is there is not made again
-
-
-def test_ensembles_take_the_first_reward_models_and_train_one_more(tmp_path):
+def test_reward_models_on_labels_as_given_are_trained_once_whatever_the_size_of_the_ensemble(tmp_path):
     trainings = []
 
     def train(at, pairs, member):
         trainings.append((pairs, member))
-        (at / "pairs.txt").write_text(pairs)
+        (at / "weights").write_text("")
 
-    there = [tmp_path / f"reward-{k}" for k in range(3)]
-    world = cells.World("t", tmp_path, there, lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
-    given = labels.Labels(lambda member: f"pairs {member}", lambda member: [], 0, 0.5, train)
-    one, three, four = (ensembles.ensemble(world, given, size) for size in ensembles.SIZES)
-    assert (one.name, one.rewards) == ("t_1", there[:1]) and three == world
-    assert (four.name, four.rewards[:3]) == ("t_4", there)
-    assert (four.rewards[3] / "pairs.txt").read_text() == "pairs 3" and trainings == [("pairs 3", 3)]
-    ensembles.ensemble(world, given, 4)
-    assert len(trainings) == 1  # what is there is not trained again
+    world = cells.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
+    given = Labels(lambda member: [f"pairs {member}"], 0, lambda member: [], [], lambda p, c: 0.0, 0.5, 8, train)
+    one, three, four = (ensembles.of_size(labels.Task(world, given), size) for size in ensembles.SIZES)
+    assert [w.name for w in (one, three, four)] == ["t_1", "t_given", "t_4"]
+    assert one.rewards == three.rewards[:1] and four.rewards[:3] == three.rewards
+    assert [path.name.rpartition("-")[0] for path in four.rewards] == [f"reward-t-{k}" for k in range(4)]
+    assert all(path.parent == tmp_path / "t_given" and (path / "weights").is_file() for path in four.rewards)
+    assert trainings == [([f"pairs {k}"], k) for k in range(4)]
