@@ -133,7 +133,9 @@ def known(fidelity=0.5, agreement=0.9, over=0.2):
         ({"agreement": None}, "flow", 3),
         ({"over": -0.1}, "rounds", 3),
         ({"agreement": 0.0}, "best_of_n", 2),
-        ({"fidelity": -0.01}, "best_of_n", 1),
+        ({"fidelity": -0.01, "over": 0.0}, "best_of_n", 1),
+        ({"fidelity": -0.01}, "flow", 3),
+        ({"fidelity": -0.01, "agreement": 0.0}, "best_of_n", 2),
         ({"fidelity": 0.0, "agreement": 0.0, "over": -1.0}, "best_of_n", 1),
     ],
 )
