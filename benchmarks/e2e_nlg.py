@@ -95,10 +95,16 @@ def main() -> None:
     parser.add_argument("--work", default=ROOT / "outputs" / "e2e", type=Path, help="where trained models are kept")
     parser.add_argument("--steps", default=2000, type=int, help="training steps of the base model")
     parser.add_argument("--pairs", default=PAIRS, type=int, help="preference pairs per reward model")
-    parser.add_argument("--moved", default=2000, type=int, help="so many of them in a second round, of moved texts; 0: one round")
+    parser.add_argument(
+        "--moved", type=int, help="so many of them in a second round, of moved texts; default: half; 0: one round"
+    )
     parser.add_argument("--prompts", default=32, type=int, help="held-out meaning representations per seed")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     args = parser.parse_args()
+    if args.moved is None:
+        args.moved = args.pairs // 2
+    if not 0 <= args.moved < args.pairs:
+        parser.error(f"--moved must leave some of the {args.pairs} pairs to the first round, got {args.moved}")
     console, started = Console(), time.perf_counter()
     needed = args.prompts * len(args.seeds)
     train, held_out = split_by_mr(load_e2e(args.data), seed=0, held_out=needed)
