@@ -183,3 +183,11 @@ def test_the_pipeline_on_transcripts(tmp_path, monkeypatch):
     assert [row["method"] for row in report["rows"]][-1] == "student: VGF"
     assert "it was good" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "rlhf_hh.json").exists()
+
+
+@pytest.mark.parametrize("moved", ["-1", "100"])
+def test_a_second_round_of_labels_leaves_some_to_the_first(moved, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["e2e_nlg", "--data", "nowhere", "--pairs", "100", "--moved", moved])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.e2e_nlg").main()
+    assert "must leave some of the 100 pairs" in capsys.readouterr().err

@@ -1,13 +1,8 @@
-import random
-
 import pytest
 import torch
 
 from tests import tiny
-from vgf_llm import VGFSampler
-from vgf_llm.evaluation.frontier import Pool, Task, best_of_n_rows, draw_pool, rescored
 from vgf_llm.evaluation.training import _MuonAndAdamW, artefact, word_tokenizer
-from vgf_llm.flow import best_of_n_kl
 
 
 def test_an_artefact_is_made_once_per_recipe(tmp_path):
@@ -46,39 +41,6 @@ def test_the_word_tokenizer_returns_the_words_and_survives_saving(tmp_path):
         assert one.decode(ids) == "the soup was superb ."
         assert one("spaghetti")["input_ids"] == [one.unk_token_id]
     assert made.pad_token_id != made.eos_token_id
-
-
-def test_best_of_n_rows_rise_with_n_where_the_proxy_is_the_gold_reward():
-    generator = torch.Generator().manual_seed(0)
-    gold = torch.randn(12, 16, generator=generator)
-    rng = random.Random(0)
-    texts = [[f"a b {rng.random()}" for _ in range(16)] for _ in range(12)]
-    task = Task("numbers", lambda prompt, text: 0.0, lambda seed: [], 8)
-    rows = best_of_n_rows(task, Pool(gold, gold, -gold, -gold, texts, [], seconds=16.0), [1, 2, 4, 16])
-    values = [row["reward_gold"] for row in rows]
-    assert values == sorted(values)
-    assert values[0] == pytest.approx(gold.mean().item(), abs=1e-5)
-    assert values[-1] == pytest.approx(gold.amax(1).mean().item(), abs=1e-5)
-    assert [row["method"] for row in rows] == ["base", "best_of_n", "best_of_n", "best_of_n"]
-    assert [row["seconds"] for row in rows] == [1.0, 2.0, 4.0, 16.0]
-    assert rows[2]["kl_nats"] == best_of_n_kl(4)
-    assert all(row["reward_gold_low"] < row["reward_gold"] < row["reward_gold_high"] for row in rows)
-
-
-def test_a_pool_under_another_reward_is_the_pool_drawn_with_that_reward():
-    tok = tiny.tokenizer()
-    model = tiny.language_model("llama", len(tok), eos=tok.eos_token_id, pad=tok.pad_token_id)
-    one, other = (
-        VGFSampler(model, tiny.reward_model(family, len(tok), pad=tok.pad_token_id), tok, flow_batch_size=5)
-        for family in ("llama", "gpt_neox")
-    )
-    task = Task("words", lambda prompt, text: float(len(text)), lambda seed: ["the food was", "a room"], 8)
-    drawn = draw_pool(task, one, model, (0, 1), 6)
-    expected = draw_pool(task, other, model, (0, 1), 6)
-    found = rescored(drawn, task, other, (0, 1))
-    assert not torch.allclose(drawn.proxy, expected.proxy)
-    torch.testing.assert_close(found.proxy, expected.proxy, atol=1e-5, rtol=1e-4)
-    assert torch.equal(found.gold, drawn.gold)
 
 
 def test_matrices_take_the_steps_of_muon_and_all_else_those_of_adamw():
