@@ -107,7 +107,8 @@ def content_labels(s: Settings, base: Path, trunk: Path) -> Labels:
     def train(out: Path, pairs: list[Pair], member: int) -> None:
         _fit_reward(out, s, trunk, pairs, seed(member), f"content-{member}", base)
 
-    return _labels(s, "content", plain, s.content_moved, prompts, s.content_noise, train)
+    seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "content")
+    return Labels(plain, s.content_moved, prompts, seen, reviews.content_gold, s.content_noise, MAX_COMPLETION, train)
 
 
 def tone_labels(s: Settings, base: Path) -> Labels:
@@ -126,20 +127,8 @@ def tone_labels(s: Settings, base: Path) -> Labels:
     def train(out: Path, pairs: list[Pair], member: int) -> None:
         _fit_reward(out, s, base, pairs, seed(member), f"tone-{member}", base)
 
-    return _labels(s, "tone", plain, s.tone_moved, prompts, s.tone_noise, train)
-
-
-def _labels(
-    s: Settings,
-    task: str,
-    plain: Callable[[int], list[Pair]],
-    moved: int,
-    prompts: Callable[[int], list[str]],
-    noise: float,
-    train: Callable[[Path, list[Pair], int], None],
-) -> Labels:
-    seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, task)
-    return Labels(plain, moved, prompts, seen, reviews.GOLD[task], noise, MAX_COMPLETION, train)
+    seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "tone")
+    return Labels(plain, s.tone_moved, prompts, seen, reviews.tone_gold, s.tone_noise, MAX_COMPLETION, train)
 
 
 def _train_base(out: Path, s: Settings) -> None:
