@@ -326,7 +326,9 @@ def main() -> None:
     parser.add_argument("--prompts", default=16, type=int, help="held-out prompts per seed; at most 10 of E2E")
     parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     parser.add_argument("--pool", default=256, type=int, help="samples per prompt for best-of-n")
-    parser.add_argument("--work", type=Path, help="where cells are kept; default: a directory of outputs/ablations")
+    parser.add_argument(
+        "--work", type=Path, help="where cells are kept, another one for other models; default: a directory of outputs/ablations"
+    )
     parser.add_argument("--publish", action="store_true", help="measure nothing more; what is absent is named in the report")
     parser.add_argument("--confirm", action="store_true", help="where to take the gradient, on prompts of other seeds")
     parser.add_argument("--field", action="store_true", help="a learned gradient field, on the prompts of --confirm")

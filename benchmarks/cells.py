@@ -418,7 +418,10 @@ def diversity(cell: Mapping[str, Any], gold_of_all: Sequence[float]) -> dict:
 
 @dataclass(frozen=True)
 class Cells:
-    """What was measured of one task: a file each, made when it is asked for. With `make` False, None where there is none."""
+    """What was measured of one task: a file each, made when it is asked for. With `make` False, None where there is none.
+
+    Files are found by task and setting and not by model: other models need another `work`.
+    """
 
     world: World
     seeds: Sequence[int]

@@ -118,7 +118,12 @@ def asked_for(description: str) -> tuple[list[Task], Callable[[World], Cells]]:
     parser.add_argument("--models", type=Path, help="models of the demonstration; default: outputs/full/models")
     parser.add_argument("--e2e-models", type=Path, help="models of benchmarks/e2e_nlg.py; default: none, and no E2E")
     parser.add_argument("--e2e-data", type=Path, help="directory of the E2E data set")
-    parser.add_argument("--work", default=ROOT / "outputs" / "ablations" / "field", type=Path, help="where cells are kept")
+    parser.add_argument(
+        "--work",
+        default=ROOT / "outputs" / "ablations" / "field",
+        type=Path,
+        help="where cells are kept; another one for other models",
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
