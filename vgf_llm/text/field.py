@@ -6,9 +6,11 @@ of the flow. `GradientField` learns the gradient of an action value instead, lin
     Q(x, y_<t, e) = V(x, y_<t) + <g(x, y_<t), e - E_mu e>,    grad_e Q = g,
 
 with V and g read off the hidden state of a causal model before that token, and e in the coordinates of
-`DifferentiableReward.embed`. Fitted by least squares to the rewards of completions that the base model wrote, Q estimates
-E[R | x, y_<=t]: what the token is worth when the base model writes the rest, not when the rest stays as it was. Tokens are the
-actions of arXiv 2604.14265, prefixes its states, and the network that gives their gradient is its amortised flow.
+`DifferentiableReward.embed`. Fitted to the rewards of completions that the base model wrote, Q estimates E[R | x, y_<=t]: what
+the token is worth when the base model writes the rest, not when the rest stays as it was. The advantages <g, e - E_mu e> have
+mean 0 under mu, and what a completion has over V is their sum. Fitting the sum (Direct Advantage Estimation, arXiv 2109.06093),
+not one token's share at a time, keeps what follows a token from being noise to it. Tokens are the actions of arXiv 2604.14265,
+prefixes its states, and the network that gives their gradient is its amortised flow.
 
 Since it needs no finished text, a particle need not be drawn before it is moved: the embedding of every token takes its L steps
 along g, which is the same wherever it has got to, while it is drawn,
@@ -348,15 +350,15 @@ def _agreement(said: Tensor, rewards: Tensor) -> tuple[float, float]:
 
 
 def _loss(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]], target: Tensor) -> Tensor:
-    """Mean squared error of Q at the tokens that were said, plus that of V before them: Q alone would not say which part of the
-    reward is the token's."""
+    """Mean over tokens of (V_t + sum_{s >= t} <g_s, e_s - E_mu e> - R)^2. The reward depends on nothing but the text: where V and
+    the advantages are right, nothing is left of it."""
     prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
     offset = sampler.reward.embed(ids) - log_mu.exp() @ sampler.reward.table
     with torch.enable_grad():
         value, gradient = field(prompt_ids, prompt_mask, ids, mask)
-        action = value + (gradient * offset).sum(-1)
-        wrong = (action - target[:, None]).square() + (value - target[:, None]).square()
-        return wrong[mask].mean()
+        advantage = (gradient * offset).sum(-1) * mask
+        following = advantage.flip(1).cumsum(1).flip(1)
+        return (value + following - target[:, None]).square()[mask].mean()
 
 
 @torch.no_grad()
