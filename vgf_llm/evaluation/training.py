@@ -158,8 +158,10 @@ class _MuonAndAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: PreTrainedModel, matrix_learning_rate: float, learning_rate: float) -> None:
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+        # A head with one output is a vector: there is no direction in it to make orthogonal.
+        named = list(model.named_parameters())
+        matrices = [p for n, p in named if p.ndim == 2 and min(p.shape) > 1 and "embed" not in n]
+        others = [p for n, p in named if p.ndim != 2 or min(p.shape) == 1 or "embed" in n]
         super().__init__([{"params": matrices, "lr": matrix_learning_rate}], {"weight_decay": 0.01, "momentum": 0.95})
         self.adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         # The scheduler sets learning rates here; the group is that of AdamW, not a copy.
@@ -197,12 +199,13 @@ def train_reward_model(
     seed: int,
     name: str,
     max_length: int,
+    matrix_learning_rate: float | None = None,
     mixtures: tuple[Path, str] | None = None,
     held_out: int = 200,
     batch_size: int = 16,
 ) -> None:
     """A Bradley-Terry reward model on (prompt, chosen, rejected) with TRL's RewardTrainer, one pass, starting from `start`, a
-    language or a reward model.
+    language or a reward model. AdamW trains everything, or with `matrix_learning_rate` Muon the weight matrices.
 
     Beside it `calibration.json` holds mean and standard deviation of its score over held-out completions. With `mixtures`, a
     language model and the text every prompt ends with, training is flow-aware (`mix_embeddings`) on what follows that text.
@@ -213,6 +216,7 @@ def train_reward_model(
     # The score is read at the end-of-sequence token, which RewardTrainer appends.
     pairs = [*pairs[:held_out], *_by_length(pairs[held_out:], batch_size, seed)]
     rows = [{"chosen": f"{p} {c}", "rejected": f"{p} {r}"} for p, c, r in pairs]
+    optimizer = None if matrix_learning_rate is None else _MuonAndAdamW(model, matrix_learning_rate, learning_rate)
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(
@@ -229,6 +233,7 @@ def train_reward_model(
         ),
         train_dataset=Dataset.from_list(rows[held_out:]),
         processing_class=tokenizer,
+        optimizers=(optimizer, None),
     )
     if mixtures is not None:
         language_model, separator = mixtures

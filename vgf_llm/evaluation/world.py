@@ -43,6 +43,7 @@ class Settings:
     tone_moved: int = 0
     tone_noise: float = 2.0  # in words
     reward_learning_rate: float = 1e-3
+    content_matrix_learning_rate: float = 2e-3  # of Muon, for the content reward and its trunk
     field_prompts: int = 1_000  # that the field of the first round is fitted to
 
 
@@ -105,7 +106,7 @@ def content_labels(s: Settings, base: Path, trunk: Path) -> Labels:
         return pairs
 
     def train(out: Path, pairs: list[Pair], member: int) -> None:
-        _fit_reward(out, s, trunk, pairs, seed(member), f"content-{member}", base)
+        _fit_reward(out, s, trunk, pairs, seed(member), f"content-{member}", base, s.content_matrix_learning_rate)
 
     seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "content")
     return Labels(plain, s.content_moved, prompts, seen, reviews.content_gold, s.content_noise, MAX_COMPLETION, train)
@@ -125,7 +126,7 @@ def tone_labels(s: Settings, base: Path) -> Labels:
         return reviews.generate_prompts(1_000, 20_000 + seed(member), "tone")
 
     def train(out: Path, pairs: list[Pair], member: int) -> None:
-        _fit_reward(out, s, base, pairs, seed(member), f"tone-{member}", base)
+        _fit_reward(out, s, base, pairs, seed(member), f"tone-{member}", base, None)
 
     seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "tone")
     return Labels(plain, s.tone_moved, prompts, seen, reviews.tone_gold, s.tone_noise, MAX_COMPLETION, train)
@@ -160,15 +161,26 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
 
 def _train_trunk(out: Path, s: Settings, base: Path) -> None:
     pairs = reviews.generate_preferences(s.trunk_pairs, s.seed * 1000, "content", s.content_noise)
-    _fit_reward(out, s, base, [(p.prompt, p.chosen, p.rejected) for p in pairs], s.seed * 1000, "trunk", None)
+    compared = [(p.prompt, p.chosen, p.rejected) for p in pairs]
+    _fit_reward(out, s, base, compared, s.seed * 1000, "trunk", None, s.content_matrix_learning_rate)
 
 
-def _fit_reward(out: Path, s: Settings, start: Path, pairs: list[Pair], seed: int, name: str, mixtures_of: Path | None) -> None:
+def _fit_reward(
+    out: Path,
+    s: Settings,
+    start: Path,
+    pairs: list[Pair],
+    seed: int,
+    name: str,
+    mixtures_of: Path | None,
+    matrix_learning_rate: float | None,
+) -> None:
     train_reward_model(
         out,
         start,
         pairs,
         learning_rate=s.reward_learning_rate,
+        matrix_learning_rate=matrix_learning_rate,
         seed=seed,
         name=f"reward-{name}",
         max_length=128,
