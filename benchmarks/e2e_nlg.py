@@ -3,9 +3,10 @@
     python -m benchmarks.e2e_nlg --data ../e2e-dataset
 
 Trains a small base model and a judge on the human sentences (meaning representation as prompt, in the order in which the
-sentence states it), three proxy reward models, and prints the table of the demonstration. The reward models compare base samples,
-edits of them, and texts that the flow of earlier ones has moved, labelled by a noisy version of the gold reward. `--data` is a
-directory with `devset.csv` and `testset_w_refs.csv` of the E2E data set.
+sentence states it), three proxy reward models, and prints the table of the demonstration. The reward models learn to read from
+the human sentences, which cost no label, and then compare base samples, edits of them, and texts that the flow of earlier ones
+has moved, labelled by a noisy version of the gold reward. `--data` is a directory with `devset.csv` and `testset_w_refs.csv` of
+the E2E data set.
 
 Writes benchmarks/results/e2e_nlg.json, the same as tables in e2e_nlg.md, and docs/img/e2e_*.png.
 """
@@ -39,6 +40,8 @@ MAX_COMPLETION = 72
 CONTEXT = 176
 PAIRS = 4_000  # per reward model
 NOISE = 0.5  # of labels, in units of gold
+TRUNK_PAIRS = 8_000
+REWARD_RATES = {"learning_rate": 1e-3, "matrix_learning_rate": 2e-3}
 
 
 def gold(prompt: str, text: str) -> float:
@@ -69,8 +72,20 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def labels(base: Path, prompts: list[str], pairs: int, moved: int) -> Labels:
-    """What members of the reward compare: samples, edits of samples, and moved texts. They start from the base model."""
+def sentences_apart(examples: list[tuple[str, str]], count: int, seed: int) -> list[Pair]:
+    """(prompt, its human sentence, one of another prompt that asks for much of the same): comparisons that need no label."""
+    rng, pairs = random.Random(seed), []
+    slots = [set(prompt.removesuffix(PROMPT_SEPARATOR).split(", ")) for prompt, _ in examples]
+    while len(pairs) < count:
+        own = rng.randrange(len(examples))
+        others = [i for i in rng.sample(range(len(examples)), 60) if examples[i][0] != examples[own][0]]
+        near = max(others, key=lambda i: len(slots[own] & slots[i]) - abs(len(slots[own]) - len(slots[i])))
+        pairs.append((*examples[own], examples[near][1]))
+    return pairs
+
+
+def labels(base: Path, trunk: Path, prompts: list[str], pairs: int, moved: int) -> Labels:
+    """What members of the reward compare: samples, edits of samples, and moved texts. They start from the trunk."""
 
     def plain(member: int) -> list[Pair]:
         samples = (pairs - moved) // 2
@@ -81,7 +96,7 @@ def labels(base: Path, prompts: list[str], pairs: int, moved: int) -> Labels:
 
     def train(out: Path, compared: list[Pair], member: int) -> None:
         train_reward_model(
-            out, base, compared, learning_rate=5e-4, seed=member, name=f"reward-{member}", max_length=CONTEXT,
+            out, trunk, compared, **REWARD_RATES, seed=member, name=f"reward-{member}", max_length=CONTEXT,
             mixtures=(base, PROMPT_SEPARATOR),
         )  # fmt: skip
 
@@ -120,13 +135,18 @@ def main() -> None:
             learning_rate=2e-3, matrix_learning_rate=5e-3, seed=seed, name=name, batch_size=16,
         )  # fmt: skip
 
+    def train_trunk(path: Path, recipe: tuple[str, int]) -> None:
+        compared = sentences_apart(examples, recipe[1], seed=0)
+        train_reward_model(path, base, compared, **REWARD_RATES, seed=0, name="reward-trunk", max_length=CONTEXT)
+
     tokenizer = bpe_tokenizer([f"{p} {c}" for p, c in examples], 1000)
     base, judge = (
         artefact(args.work, name, (name, seed, steps), train_lm, console.log)
         for name, seed, steps in (("base", 0, args.steps), ("judge", 1, args.steps // 2))
     )
-    recipe = (base.name, args.pairs, args.moved)
-    members = train_members(args.work, "e2e", base, labels(base, train_prompts, args.pairs, args.moved), 3, recipe, console.log)
+    trunk = artefact(args.work, "reward-trunk", (base.name, TRUNK_PAIRS), train_trunk, console.log)
+    compared = labels(base, trunk, train_prompts, args.pairs, args.moved)
+    members = train_members(args.work, "e2e", base, compared, 3, (trunk.name, args.pairs, args.moved), console.log)
     task = Task(
         "e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION,
         seen=lambda count: random.Random(1).sample(train_prompts, count),

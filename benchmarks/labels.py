@@ -142,7 +142,8 @@ def asked_for(description: str) -> tuple[list[Task], Callable[[World], Cells]]:
         e2e = e2e_world(args.e2e_models, args.e2e_data, min(CONFIRMING_PROMPTS, 24), seeds, args.work)
         examples, _ = split_by_mr(load_e2e(args.e2e_data), seed=0, held_out=E2E_HELD_OUT)
         prompts = [format_prompt(spoken_order(e.slots, e.reference)) for e in examples]
-        tasks.append(Task(e2e, e2e_nlg.labels(e2e.base, prompts, e2e_nlg.PAIRS, 0)))
+        trunk = newest(args.e2e_models, "reward-trunk")
+        tasks.append(Task(e2e, e2e_nlg.labels(e2e.base, trunk, prompts, e2e_nlg.PAIRS, 0)))
     return tasks, lambda world: Cells(world, seeds, CONFIRMING_POOL, args.work)
 
 

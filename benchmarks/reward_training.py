@@ -83,8 +83,9 @@ def main() -> None:
             kind, seed = recipe
             pairs = comparisons(settings, world.base, edits, seed)
             train_reward_model(
-                out, trunk, pairs, learning_rate=settings.reward_learning_rate, seed=seed, name=f"{kind}, {seed}",
-                max_length=128, mixtures=(world.base, ":") if mixtures else None,
+                out, trunk, pairs, learning_rate=settings.reward_learning_rate,
+                matrix_learning_rate=settings.content_matrix_learning_rate, seed=seed, name=f"{kind}, {seed}", max_length=128,
+                mixtures=(world.base, ":") if mixtures else None,
             )  # fmt: skip
 
         members = [
