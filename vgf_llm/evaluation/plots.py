@@ -143,7 +143,8 @@ def plot_budget(rows: Sequence[Row], path: str | Path) -> None:
                 ax.margins(y=0.12)
             said = " and ".join(f"{budget:g}" for budget in sorted({budget for budget, *_ in peaks}))
             edge = " (largest tried)" if peaks and all(last for *_, last in peaks) else ""
-            above.set(title=f"{task}\ngold is highest at {said} nats{edge}" if peaks else task)
+            unit = "nat" if said == "1" else "nats"
+            above.set(title=f"{task}\ngold is highest at {said} {unit}{edge}" if peaks else task)
             above.set_ylabel("proxy reward")
             below.set(xlabel="KL budget of a decode (nats per completion, log scale)", ylabel="gold reward")
             above.tick_params(labelbottom=False)
