@@ -191,3 +191,15 @@ def test_a_second_round_of_labels_leaves_some_to_the_first(moved, monkeypatch, c
     with pytest.raises(SystemExit):
         importlib.import_module("benchmarks.e2e_nlg").main()
     assert "must leave some of the 100 pairs" in capsys.readouterr().err
+
+
+def test_sentences_apart_belong_to_prompts_that_ask_for_much_of_the_same():
+    apart = importlib.import_module("benchmarks.e2e_nlg").sentences_apart
+    prompts = ["a[1], b[1] =>", "a[1], b[2] =>", "c[1] =>", "c[2] =>", "a[1], b[1] =>"]
+    # Sixty others are drawn to choose from, so there have to be more than sixty.
+    examples = [(prompt, f"{prompt} said {place}") for place, prompt in enumerate(prompts * 20)]
+    pairs = apart(examples, 50, seed=0)
+    assert pairs == apart(examples, 50, seed=0) != apart(examples, 50, seed=1)
+    for prompt, chosen, rejected in pairs:
+        assert chosen.startswith(prompt) and not rejected.startswith(prompt)
+        assert len(rejected.split(" =>")[0].split(", ")) == len(prompt.split(", "))

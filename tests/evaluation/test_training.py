@@ -65,3 +65,12 @@ def test_matrices_take_the_steps_of_muon_and_all_else_those_of_adamw():
         assert expected.norm() > 0, name
         # Rounding to eight bits is 11 % of the step of a matrix whose gradient has few directions.
         assert (moved - expected).norm() < 0.15 * expected.norm(), name
+
+
+def test_the_head_of_a_reward_model_is_no_matrix():
+    model = tiny.reward_model("gpt_neox", 20, seed=0)
+    optimizer = _MuonAndAdamW(model, 0.02, 0.01)
+    by_muon = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert id(model.score.weight) not in by_muon and by_muon
+    in_all = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(in_all) == sorted(id(p) for p in model.parameters())
