@@ -16,6 +16,7 @@ from .training import artefact, train_language_model, train_reward_model, word_t
 
 
 MAX_COMPLETION = 64  # tokens; the longest text of the grammar has fewer
+MAX_REVIEW = 128  # tokens, with its prompt
 FIELD_SEED = 31_000  # of the prompts that gradient fields are fitted to
 
 
@@ -106,7 +107,10 @@ def content_labels(s: Settings, base: Path, trunk: Path) -> Labels:
         return pairs
 
     def train(out: Path, pairs: list[Pair], member: int) -> None:
-        _fit_reward(out, s, trunk, pairs, seed(member), f"content-{member}", base, s.content_matrix_learning_rate)
+        train_reward_model(
+            out, trunk, pairs, learning_rate=s.reward_learning_rate, matrix_learning_rate=s.content_matrix_learning_rate,
+            seed=seed(member), name=f"reward-content-{member}", max_length=MAX_REVIEW, mixtures=(base, ":"),
+        )  # fmt: skip
 
     seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "content")
     return Labels(plain, s.content_moved, prompts, seen, reviews.content_gold, s.content_noise, MAX_COMPLETION, train)
@@ -126,7 +130,10 @@ def tone_labels(s: Settings, base: Path) -> Labels:
         return reviews.generate_prompts(1_000, 20_000 + seed(member), "tone")
 
     def train(out: Path, pairs: list[Pair], member: int) -> None:
-        _fit_reward(out, s, base, pairs, seed(member), f"tone-{member}", base, None)
+        train_reward_model(
+            out, base, pairs, learning_rate=s.reward_learning_rate, seed=seed(member), name=f"reward-tone-{member}",
+            max_length=MAX_REVIEW, mixtures=(base, ":"),
+        )  # fmt: skip
 
     seen = reviews.generate_prompts(s.field_prompts, FIELD_SEED, "tone")
     return Labels(plain, s.tone_moved, prompts, seen, reviews.tone_gold, s.tone_noise, MAX_COMPLETION, train)
@@ -150,7 +157,7 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
         hidden_size=s.hidden_size,
         layers=s.layers,
         heads=s.heads,
-        context=128,
+        context=MAX_REVIEW,
         steps=steps,
         learning_rate=s.learning_rate,
         matrix_learning_rate=s.matrix_learning_rate,
@@ -162,27 +169,7 @@ def _train_lm(out: Path, s: Settings, seed: int, steps: int, name: str) -> None:
 def _train_trunk(out: Path, s: Settings, base: Path) -> None:
     pairs = reviews.generate_preferences(s.trunk_pairs, s.seed * 1000, "content", s.content_noise)
     compared = [(p.prompt, p.chosen, p.rejected) for p in pairs]
-    _fit_reward(out, s, base, compared, s.seed * 1000, "trunk", None, s.content_matrix_learning_rate)
-
-
-def _fit_reward(
-    out: Path,
-    s: Settings,
-    start: Path,
-    pairs: list[Pair],
-    seed: int,
-    name: str,
-    mixtures_of: Path | None,
-    matrix_learning_rate: float | None,
-) -> None:
     train_reward_model(
-        out,
-        start,
-        pairs,
-        learning_rate=s.reward_learning_rate,
-        matrix_learning_rate=matrix_learning_rate,
-        seed=seed,
-        name=f"reward-{name}",
-        max_length=128,
-        mixtures=None if mixtures_of is None else (mixtures_of, ":"),
-    )
+        out, base, compared, learning_rate=s.reward_learning_rate, matrix_learning_rate=s.content_matrix_learning_rate,
+        seed=s.seed * 1000, name="reward-trunk", max_length=MAX_REVIEW,
+    )  # fmt: skip
