@@ -378,7 +378,7 @@ def main() -> None:
             "field_seconds": {
                 cells.world.name: json.loads(kept.read_text())
                 for cells, _ in tasks
-                if (kept := work / cells.world.name / "field" / "seconds.json").is_file()
+                if (kept := cells.world.field_at() / "seconds.json").is_file()
             },
             "cpu_seconds": spent,
             **environment(),

@@ -6,7 +6,7 @@ Logged actions come from two clusters; the true reward peaks just outside of the
 rewards and a flow-matching model to the logged actions. Particles drawn from that model are carried L steps along the
 critics' gradient and the best of them by learned value is taken. A few steps leave the data and find the peak, which
 best-of-N cannot; many steps climb on where the critics are wrong. The arrangement follows Figure 2 of arXiv
-2604.14265.
+2604.14265. True rewards of 50 draws choose the number of steps by the rule of `tune_budget`, which is judged on the others.
 
 Writes benchmarks/results/bandit.json and docs/img/bandit.png. About 15 seconds on one CPU core.
 """
@@ -17,9 +17,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vgf_llm.evaluation.tune import Candidates, choose_budget
 from vgf_llm.flow import TransportBudget, Transported, best_of_n, gradient_of, spread, transport
 
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 STEPS = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40)
 STATES = 200  # independent draws of N particles that every figure is averaged over
+LABELLED = 50  # of them, with which a budget is chosen
 PARTICLES = 10
 # One step is as long as the authors' sign step of 0.05 per coordinate: 0.05 * sqrt(2).
 STEP_SIZE = 0.07
@@ -90,7 +93,8 @@ def run(seed: int) -> dict[str, Any]:
     Returns:
         `behaviour`: mean true reward of the behaviour model. `best_of_10`, `best_of_200`: true reward of best-of-n by
         learned value. `curve`: for each number of steps, `true` and `learned` value of the selected particle,
-        `learned_all` and `spread` over all particles. `spread_by_temperature`: spread after five coupled steps.
+        `learned_all` and `spread` over all particles. `spread_by_temperature`: spread after five coupled steps. `tuned`: the
+        budget that labels choose (`tuned`).
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -110,14 +114,16 @@ def run(seed: int) -> dict[str, Any]:
         return x.gather(1, index[:, None]).squeeze(1)
 
     particles = sample(velocity, (STATES, PARTICLES), generator)
-    curve = []
+    curve, gold = [], {}
     for steps in STEPS:
-        moved, values = flow(particles, TransportBudget(steps=steps, step_size=STEP_SIZE))
+        budget = TransportBudget(steps=steps, step_size=STEP_SIZE)
+        moved, values = flow(particles, budget)
         best = best_of_n(values)
+        gold[budget] = selected(true_reward(moved.particles), best).numpy()
         curve.append(
             {
                 "steps": steps,
-                "true": selected(true_reward(moved.particles), best).mean().item(),
+                "true": gold[budget].mean().item(),
                 "learned": selected(values, best).mean().item(),
                 "learned_all": values.mean().item(),
                 "spread": spread(moved.particles).mean().item(),
@@ -126,7 +132,7 @@ def run(seed: int) -> dict[str, Any]:
     with torch.no_grad():
         pool = sample(velocity, (STATES, 200), generator)
         best_of_10 = selected(true_reward(particles), best_of_n(value(particles))).mean().item()
-        best_of_200 = selected(true_reward(pool), best_of_n(value(pool))).mean().item()
+        best_of_200 = selected(true_reward(pool), best_of_n(value(pool)))
     spreads = {}
     for temperature in (0.05, 1.0):
         # step_size multiplies score / temperature; with this factor the drive is as long as above at both
@@ -137,10 +143,31 @@ def run(seed: int) -> dict[str, Any]:
         "seed": seed,
         "behaviour": true_reward(particles).mean().item(),
         "best_of_10": best_of_10,
-        "best_of_200": best_of_200,
+        "best_of_200": best_of_200.mean().item(),
+        "tuned": tuned(gold, best_of_200.numpy()),
         "curve": curve,
         "spread_by_temperature": spreads,
     }
+
+
+def tuned(gold: dict[TransportBudget, np.ndarray], best_of_200: np.ndarray) -> dict[str, float]:
+    """What labels of the first draws choose from L = 0, the default number of steps and the others, and what that earns on the
+    other draws, beside the best there. Best-of-200 may be chosen too."""
+    standard = TransportBudget(step_size=STEP_SIZE)
+    budgets = sorted(gold, key=lambda budget: (not budget.is_zero, budget != standard))
+    labels, elsewhere = (np.array([gold[b][part] for b in budgets]) for part in (slice(LABELLED), slice(LABELLED, None)))
+    count = len(budgets)
+    rival = np.tile(best_of_200[:LABELLED], (count, 1))
+    choice = choose_budget(
+        Candidates(budgets, [PARTICLES] * count, labels, np.full(count, float(PARTICLES)), [200] * count, rival)
+    )
+    earned = best_of_200[LABELLED:].mean() if choice.is_best_of_n else elsewhere[budgets.index(choice.budget)].mean()
+    best = max(elsewhere.mean(1).max(), best_of_200[LABELLED:].mean())
+    return {
+        "steps": choice.budget.steps, "num_particles": choice.num_particles, "true_elsewhere": float(earned),
+        "best_elsewhere": float(best), "share_of_best": float(earned / best),
+        "standard_share_of_best": float(elsewhere[budgets.index(standard)].mean() / best),
+    }  # fmt: skip
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
@@ -213,6 +240,7 @@ def main() -> None:
         print(
             f"seed {r['seed']}: behaviour {r['behaviour']:.2f}, best-of-200 {r['best_of_200']:.2f}, "
             + ", ".join(f"L={p['steps']} {p['true']:.2f} (learned {p['learned']:.2f})" for p in r["curve"])
+            + f"; {LABELLED} labels choose L={r['tuned']['steps']}, {r['tuned']['share_of_best']:.2f} of the best elsewhere"
         )
 
 

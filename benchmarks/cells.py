@@ -57,7 +57,7 @@ QUICK = Settings(
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 # Prompts that had no part in the first ablations.
 CONFIRMING_SEEDS, CONFIRMING_PROMPTS, CONFIRMING_POOL = (600, 601, 602, 603), 32, 64
-FIELD_PROMPTS = 1_000  # that a field is fitted to
+FIELD_PROMPTS = 3_000  # that a field is fitted to
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ Groups = Mapping[str, Mapping[str, Variant]]
 
 @dataclass(frozen=True)
 class World:
-    """One task with its models; `prompts(seed)` are held out, and no two seeds share one. A field is fitted to `seen`."""
+    """One task with its models; `prompts(seed)` are held out, and no two seeds share one. `fitted` is the gradient field that is
+    kept beside the models; where there is none, or one of fewer layers is asked for, it is fitted to `seen`."""
 
     name: str
     base: Path
@@ -110,10 +111,17 @@ class World:
     horizon: int | None
     work: Path
     seen: Callable[[], list[str]]
+    fitted: Path | None = None
+
+    def field_at(self, layers: int | None = None) -> Path:
+        """Where the field lies, the seconds it took beside it."""
+        if layers is None and self.fitted is not None:
+            return self.fitted
+        return self.work / self.name / ("field" if layers is None else f"field-{layers}")
 
     def field(self, sampler: VGFSampler, layers: int | None = None) -> GradientField:
-        """Fitted once, its CPU seconds beside it."""
-        kept = self.work / self.name / ("field" if layers is None else f"field-{layers}")
+        """Fitted if it is not there."""
+        kept = self.field_at(layers)
         if not kept.is_dir():
             begun, making = time.process_time(), kept.with_name("field.part")
             fitted = fit_field(sampler, self.seen(), layers=layers, max_completion_length=self.length, seed=FIELD_SEED)
@@ -506,6 +514,7 @@ def embedded_worlds(models: Path | None, quick: bool, count: int, work: Path) ->
             name, base, rewards[name], gold, partial(lambda seed, name: reviews.generate_prompts(count, seed, name), name=name),
             MAX_COMPLETION, None if name == "tone" else 0, work,
             partial(reviews.generate_prompts, FIELD_PROMPTS, FIELD_SEED, name),
+            None if models is None else newest(models, f"field-{name}-3"),
         )
         for name, gold in reviews.GOLD.items()
     ]  # fmt: skip
@@ -521,6 +530,7 @@ def e2e_world(models: Path, data: Path, count: int, seeds: Sequence[int], work: 
         "e2e", newest(models, "base"), [newest(models, f"reward-e2e-{k}") for k in range(3)], e2e_gold,
         lambda seed: prompts[count * seeds.index(seed) :][:count], E2E_LENGTH, 0, work,
         lambda: random.Random(FIELD_SEED).sample(asked, FIELD_PROMPTS),
+        newest(models, "field-e2e-3"),
     )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Task:
             self.world,
             name=name,
             rewards=train_members(self.world.work / name, self.world.name, self.world.base, self.labels, members, "given", print),
+            fitted=None,
         )
 
 

@@ -25,3 +25,5 @@ def test_the_inverted_u(bandit, seed):
     assert curve[40]["true"] < curve[5]["true"] - 0.4
     assert curve[40]["learned_all"] > curve[5]["learned_all"] > curve[0]["learned_all"]
     assert result["spread_by_temperature"]["1.0"] > result["spread_by_temperature"]["0.05"]
+    assert result["tuned"]["share_of_best"] >= 0.95
+    assert result["tuned"]["steps"] in (4, 5)

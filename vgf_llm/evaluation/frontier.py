@@ -285,7 +285,7 @@ class Plan:
     rounds: int = 2
     kl_budgets: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     kl_budget: float = 1.0  # of the controls and of the comparison of one member with several
-    field_prompts: int = 1_000
+    field_prompts: int = 3_000
     field_samples: int = 8
     own_steps: int = 3
     own_step_size: float = 0.5
