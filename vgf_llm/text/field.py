@@ -231,8 +231,8 @@ def fit_field(
         sampler: base model and reward; a field it may have already plays no part.
         layers: how many of the backbone's layers, from the first on, which is what drawing along the field costs. Default None:
             all.
-        prompts: to draw from, `num_samples` completions each, both at least 2. docs/sampler.md measures 250 to 3,000 prompts with 8
-            each: more agree better with the reward.
+        prompts: to draw from, `num_samples` completions each, both at least 2. How many completions it takes differs between
+            rewards: docs/sampler.md measures 2,000 to 24,000.
         max_completion_length: T, in tokens.
         epochs, batch_size, learning_rate: passes over the samples, completions per step, and the peak of one cycle of AdamW.
             Defaults 2, 64 and 5e-4, those of docs/sampler.md.
