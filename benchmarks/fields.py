@@ -48,7 +48,7 @@ STYLES = {"tone": ("tone", BLUE), "content": ("content and order", VERMILION), "
 
 
 def measured(world: World, prompts: int, samples: int, work: Path) -> dict:
-    """Held-out correlation of one fit, and the seconds of CPU that it took."""
+    """Held-out correlation of one fit, and the seconds it took on one core."""
     kept = work / f"{world.name}-{prompts}x{samples}.json"
     if not kept.is_file():
         sampler = world.sampler(Variant())
@@ -63,7 +63,7 @@ def measured(world: World, prompts: int, samples: int, work: Path) -> dict:
             seconds = time.process_time() - begun
         row = {
             "task": world.name, "prompts": prompts, "num_samples": samples, "correlation": float(field.correlation),
-            "cpu_seconds": seconds,
+            "seconds": seconds,
         }  # fmt: skip
         write_atomically(kept, json.dumps(row).encode())
         print(row, flush=True)
