@@ -119,7 +119,7 @@ def run(seed: int) -> dict[str, Any]:
         budget = TransportBudget(steps=steps, step_size=STEP_SIZE)
         moved, values = flow(particles, budget)
         best = best_of_n(values)
-        gold[budget] = selected(true_reward(moved.particles), best).numpy()
+        gold[budget] = selected(true_reward(moved.particles), best)
         curve.append(
             {
                 "steps": steps,
@@ -144,7 +144,7 @@ def run(seed: int) -> dict[str, Any]:
         "behaviour": true_reward(particles).mean().item(),
         "best_of_10": best_of_10,
         "best_of_200": best_of_200.mean().item(),
-        "tuned": tuned(gold, best_of_200.numpy()),
+        "tuned": tuned({budget: g.numpy() for budget, g in gold.items()}, best_of_200.numpy()),
         "curve": curve,
         "spread_by_temperature": spreads,
     }
