@@ -31,7 +31,7 @@ from vgf_llm.data.e2e import PROMPT_SEPARATOR, format_prompt, load_e2e, split_by
 from vgf_llm.evaluation.demo import SCALES
 from vgf_llm.evaluation.preferences import Pair, preference_pairs
 from vgf_llm.evaluation.report import write_atomically, write_report
-from vgf_llm.evaluation.training import train_reward_model
+from vgf_llm.evaluation.training import artefact, train_reward_model
 from vgf_llm.evaluation.world import MAX_COMPLETION, MAX_REVIEW, content_labels, tone_labels
 
 
@@ -107,15 +107,15 @@ def measured(task: Taught, work: Path) -> list[dict]:
 
 def content(models: Path, work: Path) -> Taught:
     s, base = SCALES["full"].settings, newest(models, "base")
-    by_adamw = work / "trunk-AdamW"
-    if not by_adamw.is_dir():
+
+    def train(out: Path, _: str) -> None:
         compared = reviews.generate_preferences(s.trunk_pairs, s.seed * 1000, "content", s.content_noise)
-        making = work / "trunk.part"
         train_reward_model(
-            making, base, [(p.prompt, p.chosen, p.rejected) for p in compared], learning_rate=s.reward_learning_rate,
+            out, base, [(p.prompt, p.chosen, p.rejected) for p in compared], learning_rate=s.reward_learning_rate,
             seed=s.seed * 1000, name="trunk by AdamW", max_length=MAX_REVIEW,
         )  # fmt: skip
-        making.rename(by_adamw)
+
+    by_adamw = artefact(work, "trunk-AdamW", base.name, train, print)
     by_muon = newest(models, "reward-trunk")
     one_round = replace(s, content_edits=s.content_edits + s.content_moved, content_moved=0)
     return Taught(
