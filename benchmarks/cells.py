@@ -41,7 +41,7 @@ from vgf_llm.evaluation.metrics import (
     self_bleu,
 )
 from vgf_llm.evaluation.report import write_atomically
-from vgf_llm.evaluation.training import ensemble
+from vgf_llm.evaluation.training import comparisons, ensemble
 from vgf_llm.evaluation.world import FIELD_SEED, MAX_COMPLETION, Settings, build_world
 from vgf_llm.flow import TransportBudget, best_of_n, best_of_n_curve, best_of_n_kl, fidelity
 from vgf_llm.text import VGFSampler
@@ -124,7 +124,10 @@ class World:
         kept = self.field_at(layers)
         if not kept.is_dir():
             begun, making = time.process_time(), kept.with_name("field.part")
-            fitted = fit_field(sampler, self.seen(), layers=layers, max_completion_length=self.length, seed=FIELD_SEED)
+            fitted = fit_field(
+                sampler, self.seen(), layers=layers, max_completion_length=self.length, seed=FIELD_SEED,
+                comparisons=comparisons(self.rewards),
+            )  # fmt: skip
             fitted.save_pretrained(making)
             (making / "seconds.json").write_text(json.dumps(time.process_time() - begun))
             making.rename(kept)
@@ -153,7 +156,8 @@ class World:
 
 def measure(world: World, variant: Variant, seeds: Sequence[int]) -> dict[str, dict]:
     """By number of rounds, one entry per prompt of each of: text, gold, proxy, log_ratio, nll_base, generations; the particles'
-    texts and their mean gold; and CPU seconds in all, on one thread: other programs do not count."""
+    texts and their mean gold; what a nat of likelihood was worth, along a field; and CPU seconds in all, on one thread: other
+    programs do not count."""
     sampler, result = world.sampler(variant), {}
     prompts = [p for seed in seeds for p in world.prompts(seed)]
     # All in one call, which is faster: a result depends on the prompt and its seed alone.
@@ -164,6 +168,8 @@ def measure(world: World, variant: Variant, seeds: Sequence[int]) -> dict[str, d
         gold = [world.gold(p, c) for p, c in zip(prompts, outcome["text"], strict=True)]
         of_all = [float(np.mean([world.gold(p, c) for c in cs])) for p, cs in zip(prompts, outcome["texts"], strict=True)]
         result[str(rounds)] = {**outcome, "gold": gold, "gold_of_all": of_all, "seconds": seconds}
+        if sampler.field is not None:
+            result[str(rounds)]["likelihood_weight"] = float(sampler.field.likelihood_weight)
         judging = time.process_time() - begun - seconds
     return result
 
@@ -285,17 +291,18 @@ def judged_by_one(world: World, seeds: Sequence[int], pool: Mapping[str, Any]) -
 # ---- rows
 
 
-def best_of_n_rows(pool: Mapping[str, Any], size: int, members: int) -> list[dict]:
-    """Unbiased best-of-n for n = 1, 2, 4, ... from a pool of `size` samples per prompt."""
-    ns = [2**k for k in range(int(math.log2(size)) + 1)]
-    proxy = torch.tensor(pool["proxy"])
-    curves = {key: best_of_n_curve(proxy, torch.tensor(pool[key]), ns).numpy() for key in ("gold", "proxy", "nll_base")}
+def best_of_n_rows(pool: Mapping[str, Any], size: int, members: int, weight: float = 0.0) -> list[dict]:
+    """Unbiased best-of-n for n = 1, 2, 4, ... from a pool of `size` samples per prompt. With a weight of likelihood, as along a
+    gradient field, the best is that of both, and n is at least 2."""
+    ns = [2**k for k in range(bool(weight), int(math.log2(size)) + 1)]
+    chosen_by = torch.tensor(pool["proxy"]) - weight * torch.tensor(pool["nll_base"])
+    curves = {key: best_of_n_curve(chosen_by, torch.tensor(pool[key]), ns).numpy() for key in ("gold", "proxy", "nll_base")}
     rows = []
     for i, n in enumerate(ns):
         low, high = bootstrap_ci(curves["gold"][:, i])
         rows.append(
             {
-                "method": "base" if n == 1 else "best_of_n",
+                "method": "best_of_n_likelihood" if weight else "base" if n == 1 else "best_of_n",
                 "members": members,
                 "num_particles": n,
                 "generations": float(n),
@@ -306,6 +313,7 @@ def best_of_n_rows(pool: Mapping[str, Any], size: int, members: int) -> list[dic
                 "nll_base": float(curves["nll_base"][:, i].mean()),
                 "kl_nats": best_of_n_kl(n),
                 "cpu_seconds": pool["seconds"] * n / size,
+                **({"likelihood_weight": weight} if weight else {}),
             }
         )
     return rows
@@ -349,16 +357,18 @@ def row(method: str, cell: Mapping[str, Any], variant: Variant, pool: Mapping[st
 
 
 def over_best_of_n(cell: Mapping[str, Any], pool: Mapping[str, Any], kl_nats: float | None) -> dict:
-    """Gold above best-of-n with as many generations, in as many CPU seconds, and at as many nats, rounded up; mean and interval,
-    paired."""
+    """Gold above best-of-n with as many generations, in as many CPU seconds, and at as many nats, rounded up, and above the best
+    of as many by proxy and likelihood where these have selected; mean and interval, paired."""
     proxy, gold = torch.tensor(pool["proxy"]), torch.tensor(pool["gold"])
-    size, result = proxy.shape[1], {}
-    rivals = {"": np.mean(cell["generations"]), "_in_equal_time": size * cell["seconds"] / pool["seconds"]}
+    size, drawn, result = proxy.shape[1], float(np.mean(cell["generations"])), {}
+    rivals = {"": (drawn, proxy), "_in_equal_time": (size * cell["seconds"] / pool["seconds"], proxy)}
     if kl_nats is not None:
-        rivals["_at_equal_kl"] = equal_kl_n(kl_nats, size)
-    for key, n in rivals.items():
+        rivals["_at_equal_kl"] = (equal_kl_n(kl_nats, size), proxy)
+    if weight := cell.get("likelihood_weight"):
+        rivals["_by_likelihood"] = (drawn, proxy - weight * torch.tensor(pool["nll_base"]))
+    for key, (n, chosen_by) in rivals.items():
         n = min(max(math.ceil(n), 1), size)
-        rival = best_of_n_curve(proxy, gold, [n])[:, 0].numpy()
+        rival = best_of_n_curve(chosen_by, gold, [n])[:, 0].numpy()
         low, high = paired_bootstrap_ci(cell["gold"], rival)
         name = f"gold_over_best_of_n{key}"
         result |= {
@@ -480,8 +490,13 @@ def summarise(cells: Cells, groups: Groups, against: Variant = REFERENCE) -> tup
     if pools[0] is None or still is None or found is None:
         return [], [cells.world.name]
     reference = found[str(against.rounds)]
+    weights: dict[int, float] = {}  # of likelihood, along the first field of so many members
+    for variant in [v for g in groups.values() for v in g.values() if v.gradient_at == "field"]:
+        for cell in (cells.of(variant) or {}).values():
+            weights.setdefault(variant.members, cell["likelihood_weight"])
     for members, pool in pools.items():
-        rows += best_of_n_rows(pool, cells.size, members or several) if pool else []
+        for weight in (0.0, weights.get(members)) if pool else ():
+            rows += [] if weight is None else best_of_n_rows(pool, cells.size, members or several, weight)
     unmoved = row("vgf", still["1"], STILL, pools[0], several, 1)
     rows.append({**unmoved, **over_reference(still["1"], reference), "kl_budget": 0.0})
     for group, of_group in groups.items():

@@ -1,5 +1,7 @@
 """`vgf diagnose` where the outcome is known: tone, content, E2E. Does it recommend what was measured to be best?
 
+Without a gradient field, and with the one that is kept beside the models.
+
     python -m benchmarks.diagnose --models outputs/demo/models --e2e-models outputs/e2e --e2e-data DIR
 
 Models are those of `vgf demo` and of benchmarks/e2e_nlg.py; one group may be left out. The gold rewards are asked as well, so
@@ -21,7 +23,7 @@ from rich.console import Console
 
 from vgf_llm.data import reviews
 from vgf_llm.data.e2e import e2e_gold, format_prompt, load_e2e, parse_mr, split_by_mr
-from vgf_llm.evaluation.diagnose import diagnose, print_diagnosis
+from vgf_llm.evaluation.diagnose import diagnose, print_diagnosis, recommend
 from vgf_llm.evaluation.loading import load_sampler
 from vgf_llm.evaluation.plots import plot_diagnosis
 from vgf_llm.evaluation.report import write_report
@@ -110,8 +112,11 @@ def main() -> None:
     args = parser.parse_args()
     for task in known_tasks(args):
         report = diagnose(
-            task.sampler(), task.prompts(args.prompts, 77), task.gold, max_completion_length=task.max_completion_length
+            task.sampler(gradient_field=str(task.field())), task.prompts(args.prompts, 77), task.gold,
+            max_completion_length=task.max_completion_length,
         )  # fmt: skip
+        own = [gain for gain in report["gain"] if gain["direction"] != "field"]
+        report["recommendation_without_field"] = recommend({**report, "gain": own})
         print(task.name)
         print_diagnosis(report, Console(width=130))
         write_report(ROOT / "benchmarks" / "results" / f"diagnose_{task.name}.json", report)

@@ -151,7 +151,7 @@ def main() -> None:
         "e2e", gold, lambda seed: held_out_prompts[seed * args.prompts : (seed + 1) * args.prompts], MAX_COMPLETION,
         seen=lambda count: random.Random(1).sample(train_prompts, count),
     )  # fmt: skip
-    rows = measure_task(task, base, judge, members, args.seeds, Plan(), work=args.work, log=console.log)
+    rows = measure_task(task, base, judge, members, args.seeds, Plan(pool=256), work=args.work, log=console.log)
     print_table(rows, console)
     write_report(
         ROOT / "benchmarks" / "results" / "e2e_nlg.json",

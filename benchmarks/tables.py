@@ -38,6 +38,7 @@ NAMES = {
 # Columns of some reports only: key, header, digits.
 MORE = (
     ("gold_over_reference", "above the reference", 2),
+    ("gold_over_best_of_n_by_likelihood", "above best-of-n where likelihood counts", 2),
     ("over_at_equal_proxy", "above best-of-n at equal proxy, std of gold", 2),
     ("gold_of_all_over_uncoupled", "gold of all particles above uncoupled", 2),
     ("self_bleu_of_all", "self-BLEU", 0),
@@ -49,8 +50,8 @@ MORE = (
 def name(row: Mapping[str, Any], several: int) -> str:
     """What a reader calls the row; `several` is the usual number of reward models."""
     method = row["method"]
-    if method == "best_of_n":
-        said = f"best-of-{row['num_particles']}"
+    if method in ("best_of_n", "best_of_n_likelihood"):
+        said = f"best-of-{row['num_particles']}" + (", likelihood counts" if method.endswith("likelihood") else "")
     elif method == "vgf":
         said = "VGF"
     else:

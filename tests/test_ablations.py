@@ -178,10 +178,11 @@ def test_reward_models_on_labels_as_given_are_trained_once_whatever_the_size_of_
         (at / "weights").write_text("")
 
     world = cells.World("t", tmp_path, [], lambda p, c: 0.0, list, 8, horizon=0, work=tmp_path, seen=list)
-    given = Labels(lambda member: [f"pairs {member}"], 0, lambda member: [], [], lambda p, c: 0.0, 0.5, 8, train)
+    pairs = [[("prompt", f"of {member}", "worse")] for member in range(4)]
+    given = Labels(lambda member: pairs[member], 0, lambda member: [], [], lambda p, c: 0.0, 0.5, 8, train)
     one, three, four = (ensembles.of_size(labels.Task(world, given), size) for size in ensembles.SIZES)
     assert [w.name for w in (one, three, four)] == ["t_1", "t_given", "t_4"]
     assert one.rewards == three.rewards[:1] and four.rewards[:3] == three.rewards
     assert [path.name.rpartition("-")[0] for path in four.rewards] == [f"reward-t-{k}" for k in range(4)]
     assert all(path.parent == tmp_path / "t_given" and (path / "weights").is_file() for path in four.rewards)
-    assert trainings == [([f"pairs {k}"], k) for k in range(4)]
+    assert trainings == [(pairs[k], k) for k in range(4)]

@@ -229,6 +229,42 @@ def test_a_field_is_the_same_again_and_follows_its_seed(saved, prompts, fitted, 
     assert re.search(r"^correlation with rewards of held-out prompts: -?[01]\.\d\d$", captured.err, re.MULTILINE)
 
 
+def test_comparisons_say_what_likelihood_is_worth(saved, fitted, tmp_path, capsys):
+    from vgf_llm.evaluation.loading import load_sampler
+    from vgf_llm.text.field import GradientField, likelihood_worth
+
+    sides = [" the food was good", " food food and the"]
+    rows = [("the food was", *sides[:: 1 if k % 3 else -1]) for k in range(60)]
+    file = tmp_path / "pairs.jsonl"
+    as_texts = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows]
+    as_messages = [{**row, **{k: [{"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected")}} for row in as_texts]
+    found = []
+    for number, some in enumerate((as_texts, as_messages)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+        command = field_command(saved, fitted.parents[1] / "prompts.txt", tmp_path / str(number), "--comparisons", file)
+        assert cli.main(command) == 0
+        found.append(float(GradientField.from_pretrained(tmp_path / str(number)).likelihood_weight))
+        assert f"a nat of likelihood is worth {found[-1]:.3g} of the reward" in capsys.readouterr().err
+    plain = GradientField.from_pretrained(fitted)
+    worth = likelihood_worth(load_sampler(saved["lm"], [saved["reward"]]), rows)
+    assert found == pytest.approx([max(worth, float(plain.likelihood_weight))] * 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "the", "chosen": " a"}, "lacks the column(s) rejected"),
+        ({"prompt": "", "chosen": " a", "rejected": " b"}, 'row 1 has no "prompt"'),
+        ({"prompt": "the", "chosen": [], "rejected": []}, 'row 1: "chosen" and "rejected" must be texts'),
+        ({"prompt": "the", "chosen": " a", "rejected": " b"}, "1 comparisons count"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(saved, fitted, tmp_path, capsys, row, says):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    command = field_command(saved, fitted.parents[1] / "prompts.txt", tmp_path / "new", "--comparisons", tmp_path / "pairs.jsonl")
+    assert says in fails(command, capsys) and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("kind", ["full", "file", "below a file"])
 def test_a_field_overwrites_nothing(saved, prompts, tmp_path, monkeypatch, capsys, kind):
     """And says so before the models are loaded."""

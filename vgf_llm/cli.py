@@ -41,6 +41,7 @@ RECIPES = {
 
 if TYPE_CHECKING:
     from vgf_llm.text import VGFSampler
+    from vgf_llm.text.field import Comparison
     from vgf_llm.text.sampler import Prompt
 
 
@@ -146,8 +147,8 @@ def field(
         prompts: as in `VGFSampler.sample`.
         output: folder, new or empty, that `GradientField.from_pretrained` will read. It appears whole or not at all.
         temperature, top_k, top_p: of the base distribution.
-        options: `layers`, `num_samples`, `max_completion_length`, `epochs`, `batch_size`, `learning_rate` and `seed` of
-            `vgf_llm.text.field.fit_field`.
+        options: `layers`, `num_samples`, `max_completion_length`, `epochs`, `batch_size`, `learning_rate`, `seed` and
+            `comparisons` of `vgf_llm.text.field.fit_field`.
 
     Raises:
         FileExistsError: there is something in the folder; known before the models are loaded.
@@ -168,6 +169,7 @@ def field(
         fitted.save_pretrained(folder)
     # Where the progress bar was.
     print(f"correlation with rewards of held-out prompts: {float(fitted.correlation):.2f}", file=sys.stderr)
+    print(f"a nat of likelihood is worth {float(fitted.likelihood_weight):.3g} of the reward", file=sys.stderr)
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -199,12 +201,39 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     return [_prompt_of(line, f"{name}, line {number}") for number, line in lines]
 
 
+def read_comparisons(path: str | Path) -> list[Comparison]:
+    """(prompt, chosen, rejected) of a data set in TRL's preference format: a JSONL file, or what `load_dataset` reads, its split
+    "train". An answer of chat messages is one message.
+
+    Raises:
+        ValueError, OSError: those of `vgf_llm.data.loading.load_splits`; or a row that is none.
+    """
+    from vgf_llm.data.loading import load_splits
+
+    (rows,) = load_splits(str(path), None, ["train"], ["prompt", "chosen", "rejected"])
+    return [_comparison_of(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _comparison_of(row: dict[str, Any], place: str) -> Comparison:
+    def text(answer: Any) -> str:
+        if isinstance(answer, list) and len(answer) == 1 and _is_message(answer[0]):
+            return str(answer[0]["content"])
+        if isinstance(answer, str):
+            return answer
+        raise ValueError(f'{place}: "chosen" and "rejected" must be texts, or lists of one message')
+
+    return _as_prompt(row["prompt"], place), text(row["chosen"]), text(row["rejected"])
+
+
 def _prompt_of(line: str, place: str) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error.msg}") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    return _as_prompt(record.get("prompt") if isinstance(record, dict) else None, place)
+
+
+def _as_prompt(prompt: Any, place: str) -> Prompt:
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
@@ -326,6 +355,7 @@ def _run_field(args: argparse.Namespace) -> None:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         layers=args.layers, num_samples=args.num_samples, max_completion_length=args.max_completion_length, epochs=args.epochs,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
+        comparisons=None if args.comparisons is None else read_comparisons(args.comparisons),
     )  # fmt: skip
 
 
@@ -423,6 +453,11 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, metavar="L", help="first layers of the reward model that are kept; default: all",
         default=argparse.SUPPRESS,
     )  # fmt: skip
+    run.add_argument(
+        "--comparisons", metavar="FILE", default=argparse.SUPPRESS,
+        help='JSONL with "prompt", "chosen" and "rejected", at least 50 of which the reward model has not learned: they say what '
+        "likelihood is worth beside the reward; default: next to nothing",
+    )  # fmt: skip
     run.add_argument("--num-samples", type=int, default=8, metavar="N", help="completions per prompt to learn from")
     run.add_argument("--max-completion-length", type=int, default=64, metavar="T", help="in tokens")
     run.add_argument("--epochs", type=int, default=2, help="passes over the completions")
@@ -460,7 +495,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe(argv[0], argv[1:])
         else:
             args = _parser().parse_args(argv)
-            for name in ("output", "movers", "gradient_field", "layers"):  # without a default, so that the help shows none
+            for name in (
+                "output",
+                "movers",
+                "gradient_field",
+                "layers",
+                "comparisons",
+            ):  # without a default, so that the help shows none
                 setattr(args, name, getattr(args, name, None))
             args.run(args)
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from vgf_llm import VGFSampler, cli
 from vgf_llm.evaluation.diagnose import DiagnoseConfig, correlation, diagnose, recommend
 from vgf_llm.evaluation.fidelity import measure_substitutions
 from vgf_llm.text import DifferentiableReward
+from vgf_llm.text.field import fit_field
 
 
 PROMPTS = ["the food was", "the staff were", "a room was", "the room was", "the staff was", "a food was"]
@@ -111,18 +112,22 @@ def test_the_correlation_is_spearmans_and_its_interval_covers_it():
     assert correlation(torch.zeros(9), torch.arange(9.0), torch.arange(9)) == {"value": None, "low": None, "high": None}
 
 
-def known(fidelity=0.5, agreement=0.9, over=0.2):
+def known(fidelity=0.5, agreement=0.9, over=0.2, field=None):
     """A report in which nothing is uncertain."""
 
     def sure(value):
         return {"value": value, "low": value, "high": value}
 
-    gain = {"direction": "gradient", "kl_budget": 2.0}
+    earned = {"gradient": over} if field is None else {"gradient": over, "field": field}
     return {
+        "correlation": None if field is None else 0.6,
         "gradient_at": "path",
         "fidelity": [{"suffix": "regenerated", "at": "path", **sure(fidelity)}],
         "members": None if agreement is None else {"count": 3, "fixed": sure(0.0), "regenerated": sure(agreement)},
-        "gain": [gain | {f"over_best_of_n{end}": over for end in ("", "_low", "_high")}],
+        "gain": [
+            {"direction": name, "kl_budget": 2.0} | {f"over_best_of_n{end}": value for end in ("", "_low", "_high")}
+            for name, value in earned.items()
+        ],
     }
 
 
@@ -137,6 +142,9 @@ def known(fidelity=0.5, agreement=0.9, over=0.2):
         ({"fidelity": -0.01}, "flow", 3),
         ({"fidelity": -0.01, "agreement": 0.0}, "best_of_n", 2),
         ({"fidelity": 0.0, "agreement": 0.0, "over": -1.0}, "best_of_n", 1),
+        ({"fidelity": 0.0, "agreement": 0.0, "over": -1.0, "field": 0.1}, "field", 1),
+        ({"fidelity": 0.0, "agreement": 0.0, "over": -1.0, "field": 0.0}, "best_of_n", 2),
+        ({"field": -0.1}, "flow", 4),
     ],
 )
 def test_rules_in_their_order(facts, choice, rules):
@@ -144,6 +152,25 @@ def test_rules_in_their_order(facts, choice, rules):
     assert said["choice"] == choice
     assert len(said["reasons"]) == rules
     assert said["reasons"][-1] in said["sentence"]
+    assert ("1.8 nats" in said["sentence"]) == (choice == "field")  # 5 * 0.6^2
+
+
+def test_a_field_is_measured_beside_the_gradient(report):
+    sampler = make(tiny.counting_reward)
+    sampler.field = fit_field(
+        sampler, PROMPTS * 4, num_samples=32, max_completion_length=8, epochs=6, batch_size=32, learning_rate=3e-3
+    )
+    found = diagnose(sampler, PROMPTS, lambda prompt, text: float(text.split().count("good")), **SMALL)
+    # The rest is what it is without a field.
+    own = [gain for gain in found["gain"] if gain["direction"] != "field"]
+    assert own == report["gain"] and [r for r in found["fidelity"] if r["at"] != "field"] == report["fidelity"]
+    along = [gain for gain in found["gain"] if gain["direction"] == "field"]
+    assert [gain["kl_budget"] for gain in along] == [gain["kl_budget"] for gain in own if gain["direction"] == "gradient"]
+    assert all(gain["generations"] == SMALL["num_particles"] for gain in along)
+    assert along[-1]["gain"] > next(gain for gain in own if gain["direction"] == "random")["gain"] + 0.3
+    assert found["correlation"] == float(sampler.field.correlation) and report["correlation"] is None
+    assert {r["at"] for r in found["fidelity"]} == {r["at"] for r in report["fidelity"]} | {"field"}
+    assert found["recommendation"]["choice"] == "field"
 
 
 def test_the_command_writes_figures_and_a_picture(saved, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Best-of-n from a pool, and gold above it: paired by prompt, at equal generations and in equal time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,23 @@ def test_best_of_n_rows_rise_with_n_where_the_proxy_is_the_gold_reward():
     assert [row["seconds"] for row in rows] == [1.0, 2.0, 4.0, 16.0]
     assert rows[2]["kl_nats"] == best_of_n_kl(4)
     assert all(row["reward_gold_low"] < row["reward_gold"] < row["reward_gold_high"] for row in rows)
+
+
+def test_best_of_n_by_likelihood_too_is_best_of_n_of_another_proxy():
+    generator = torch.Generator().manual_seed(0)
+    proxy, gold, nll = (torch.randn(12, 16, generator=generator) for _ in range(3))
+    task = Task("numbers", lambda prompt, text: 0.0, lambda seed: [], 8)
+    pool = Pool(proxy, gold, nll, nll, [["a"] * 16] * 12, [], seconds=16.0)
+    rows = best_of_n_rows(task, pool, [1, 4, 16], 0.7)
+    by_both = best_of_n_rows(task, replace(pool, proxy=proxy - 0.7 * nll), [4, 16])
+    assert [row["method"] for row in rows] == ["best_of_n_likelihood"] * 2 and [r["num_particles"] for r in rows] == [4, 16]
+    assert [row["reward_gold"] for row in rows] == [row["reward_gold"] for row in by_both]
+    assert rows[1]["nll_base"] < best_of_n_rows(task, pool, [16])[0]["nll_base"] and rows[0]["likelihood_weight"] == 0.7
+    drawn = measured(gold[:, 0].tolist(), 4.0, 1.0)
+    over = over_best_of_n(drawn, pool, 1.0, 0.7)
+    mean = gold[:, 0].mean().item()
+    assert over["gold_over_best_of_n_by_likelihood"] == pytest.approx(mean - by_both[0]["reward_gold"], abs=1e-5)
+    assert over["equal_n_by_likelihood"] == 4 and "gold_over_best_of_n_by_likelihood" not in over_best_of_n(drawn, pool, 1.0)
 
 
 def test_a_pool_under_another_reward_is_the_pool_drawn_with_that_reward():

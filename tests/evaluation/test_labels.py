@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from tests import tiny
 from vgf_llm.evaluation.labels import Labels, train_members
+from vgf_llm.evaluation.training import comparisons
 
 
 PROMPTS = ["the food was", "the staff were", "a room was", "the food was nice and"]
@@ -33,11 +34,16 @@ def asked(saved):
     return labels, given
 
 
+def kept_beside(member):
+    return [tuple(pair) for pair in json.loads((member / "comparisons.json").read_text())]
+
+
 def test_one_round_trains_on_the_plain_pairs(saved, asked, tmp_path):
     labels, given = asked
     paths = train_members(tmp_path, "words", saved["lm"], labels(0), 2, "recipe", lambda message: None)
     assert [path.name.rpartition("-")[0] for path in paths] == ["reward-words-0", "reward-words-1"]
     assert given == {"reward-words-0": PLAIN[:1], "reward-words-1": PLAIN}
+    assert kept_beside(paths[1]) == [(p, f" {c}", f" {r}") for p, c, r in PLAIN]
 
 
 def test_a_second_round_adds_pairs_that_the_first_has_moved(saved, asked, tmp_path):
@@ -51,6 +57,9 @@ def test_a_second_round_adds_pairs_that_the_first_has_moved(saved, asked, tmp_pa
         assert len(all_of_it) == len(plain) + 30
         # Labelled by the gold reward, which errs never at this noise, and not by the first reward models.
         assert all(count_good(p, chosen) > count_good(p, rejected) for p, chosen, rejected in moved)
+        # What is kept for `likelihood_worth` is of moved texts, a completion with the space before it.
+        assert kept_beside(paths[member]) == [(p, f" {c}", f" {r}") for p, c, r in moved]
+    assert comparisons(paths) == kept_beside(paths[0]) + kept_beside(paths[1]) and comparisons(paths[:1]) is None
     assert given["reward-words-0"][1:] != given["reward-words-1"][1:]
     assert [message.split()[-1] for message in said] == [
         "first-words-0", "first-words-1", "field-first-words", "reward-words-0", "reward-words-1",

@@ -1,5 +1,7 @@
 """The learned gradient estimates what a token is worth over all that may follow; particles move along it while they are drawn."""
 
+import copy
+import functools
 import itertools
 import json
 import math
@@ -16,7 +18,7 @@ from vgf_llm.evaluation.controls import flip, random_direction
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 from vgf_llm.text import field as field_module
-from vgf_llm.text.field import HEADS, GradientField, first_layers, fit_field, gain
+from vgf_llm.text.field import HEADS, LIKELIHOOD_WEIGHT, GradientField, first_layers, fit_field, gain, likelihood_worth
 from vgf_llm.text.prefix import left_pad
 
 
@@ -160,6 +162,85 @@ def test_the_scale_grows_with_the_budget_and_is_none_without_a_direction():
     assert untrained.scale(2.0) == 0.0
 
 
+def values_of(particles, field):
+    return particles.rewards + field.likelihood_weight * particles.logprobs
+
+
+@pytest.mark.parametrize("budget", [NATS, replace(NATS, rounds=3), TransportBudget.auto(12)])
+def test_particles_are_kept_and_selected_by_reward_and_likelihood(budget):
+    field = copy.deepcopy(FIELD)
+    for weight in (0.0, 0.05, 1e4):
+        field.likelihood_weight.fill_(weight)
+        output = build(reward="count", gradient_field=field).sample(PROMPTS, 4, budget, LENGTH, 2)
+        values = torch.cat([values_of(output.transported, field), values_of(output.initial, field)], 1)
+        chosen = values.gather(1, output.selected[:, None])[:, 0]
+        torch.testing.assert_close(chosen, values.amax(1))
+        rewards = torch.cat([output.transported.rewards, output.initial.rewards], 1)
+        torch.testing.assert_close(output.rewards, rewards.gather(1, output.selected[:, None])[:, 0])
+        # None that was drawn first is better than one that was kept.
+        assert (values[:, :4].sort(1).values >= values[:, 4:].sort(1).values).all()
+    logprobs = torch.cat([output.transported.logprobs, output.initial.logprobs], 1)
+    torch.testing.assert_close(logprobs.gather(1, output.selected[:, None])[:, 0], logprobs.amax(1))
+
+
+@functools.cache
+def finished():
+    """Prompts, two samples of each that are texts and nothing else, and their rewards and likelihoods [pairs, 2]."""
+    prompts = (PROMPTS * 2500)[:2500]
+    drawn = COUNT.sample(prompts, 2, TransportBudget(steps=0), LENGTH, seed=range(len(prompts))).initial
+    whole = [
+        row
+        for row, (texts, ids) in enumerate(zip(drawn.completions, drawn.completion_ids, strict=True))
+        if [TOKENIZER(" " + t, add_special_tokens=False)["input_ids"] + [EOS] for t in texts] == ids
+    ]
+    return [(prompts[row], *drawn.completions[row]) for row in whole], drawn.rewards[whole], drawn.logprobs[whole]
+
+
+def comparisons(a, b, times=1):
+    """Of samples, labelled several times by a reward and a likelihood of the given weights."""
+    samples, rewards, logprobs = finished()
+    scores = a * rewards + b * logprobs
+    chance = (scores[:, 0] - scores[:, 1]).sigmoid().repeat(times)
+    chosen = torch.rand(len(chance), generator=torch.Generator().manual_seed(0)) < chance
+    labelled = zip(samples * times, chosen.tolist(), strict=True)
+    return [(p, f" {c}", f" {d}") if first else (p, f" {d}", f" {c}") for (p, c, d), first in labelled]
+
+
+def test_what_likelihood_is_worth_is_found_from_comparisons(caplog):
+    assert likelihood_worth(COUNT, comparisons(4.0, 0.5, 10)) == pytest.approx(0.125, rel=0.2)
+    assert likelihood_worth(COUNT, comparisons(8.0, 0.5, 10), batch_size=7) == pytest.approx(0.0625, rel=0.2)
+    assert likelihood_worth(COUNT, comparisons(4.0, -0.5)) == 0 and not caplog.records
+    assert likelihood_worth(COUNT, comparisons(-10.0, 0.5)) == 0
+    assert "the reward does not agree with the comparisons" in caplog.text
+
+
+def test_what_likelihood_is_worth_is_in_units_of_the_reward():
+    model, pairs = tiny.counting_reward(TOKENIZER), comparisons(4.0, 0.5)
+    one, other = (
+        likelihood_worth(build(reward=DifferentiableReward([model], TOKENIZER, calibration=[(0.0, std)])), pairs)
+        for std in (1, 1e-4)
+    )
+    assert one > 0 and other == pytest.approx(1e4 * one, rel=1e-3)
+
+
+def test_too_few_comparisons_are_refused():
+    pairs = comparisons(1.0, 0.5)
+    with pytest.raises(ValueError, match="49 comparisons count, .*: give at least 50"):
+        likelihood_worth(COUNT, pairs[:49])
+    with pytest.raises(ValueError, match="0 comparisons count"):
+        likelihood_worth(COUNT, [])
+    narrow = build(reward="count", top_k=1)  # which says next to nothing of that
+    with pytest.raises(ValueError, match="that the base distribution can say"):
+        likelihood_worth(narrow, pairs[:60])
+
+
+def test_a_field_weighs_likelihood_by_comparisons_or_hardly():
+    assert float(FIELD.likelihood_weight) == pytest.approx(LIKELIHOOD_WEIGHT * float(FIELD.spread))
+    pairs = comparisons(1.0, 0.5)
+    told = fitted(COUNT, epochs=1, num_samples=4, comparisons=pairs)
+    assert float(told.likelihood_weight) == pytest.approx(likelihood_worth(COUNT, pairs))
+
+
 def test_budget_zero_is_best_of_n_bit_for_bit():
     for zero in (TransportBudget(steps=0), TransportBudget(kl_budget=0.0)):
         ours, plain = STEERED.sample(PROMPTS, 5, zero, LENGTH, 4), COUNT.sample(PROMPTS, 5, zero, LENGTH, 4)
@@ -183,7 +264,8 @@ def test_given_particles_stay_and_moved_ones_are_drawn_beside_them():
     output = STEERED.sample(PROMPTS, 4, NATS, LENGTH, 9, initial=given.completion_ids)
     assert output.initial.completion_ids == given.completion_ids
     torch.testing.assert_close(output.initial.rewards, given.rewards)
-    assert (output.rewards >= given.rewards.amax(1) - 1e-5).all()
+    before, after = values_of(output.initial, FIELD), values_of(output.transported, FIELD)
+    assert (after.amax(1) >= before.amax(1) - 1e-5).all()
     assert (output.transported.kl > 0).any() and (output.generations > 4).all()
 
 
@@ -191,7 +273,8 @@ def test_a_budget_in_generations_starts_at_the_base_model_and_is_kept():
     output = STEERED.sample(PROMPTS, 4, TransportBudget.auto(12), LENGTH, 3)
     plain = COUNT.sample(PROMPTS, 4, TransportBudget(steps=0), LENGTH, 3)
     assert output.initial.completion_ids == plain.initial.completion_ids
-    assert (output.rewards >= plain.rewards).all() and (output.transported.kl > 0).any()
+    assert (values_of(output.transported, FIELD).amax(1) >= values_of(plain.initial, FIELD).amax(1)).all()
+    assert (output.transported.kl > 0).any()
     assert (output.generations > 8).all() and (output.generations < 16).all()
 
 

@@ -94,7 +94,7 @@ SCALES = {
         Settings(
             trunk_pairs=40_000, content_pairs=3_000, content_edits=6_000, content_moved=6_000, tone_pairs=1_000, tone_moved=1_000
         ),
-        Plan(),
+        Plan(pool=256),
         prompts_per_seed=64,
         seeds=(0, 1, 2),
         student_steps=15,

@@ -53,6 +53,9 @@ class DiagnoseConfig:
     reward_model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Reward model(s) with its vocabulary. Several are an ensemble."}
     )
+    gradient_field: str | None = field(
+        default=None, metadata={"help": "Folder of a learned gradient (vgf field) to be diagnosed beside the reward's own."}
+    )
     dataset_name: str = field(default="", metadata={"help": "JSONL file, directory or hub id with a column prompt."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a directory or hub id."})
@@ -102,7 +105,7 @@ def run_diagnose(config: DiagnoseConfig, console: Console | None = None) -> Repo
     config.check_complete()
     sampler = load_sampler(
         config.model_name_or_path, config.reward_model_name_or_path, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, flow_batch_size=config.flow_batch_size,
+        top_p=config.top_p, flow_batch_size=config.flow_batch_size, gradient_field=config.gradient_field,
     )  # fmt: skip
     (data,) = load_splits(config.dataset_name, config.dataset_config, [config.dataset_split], ["prompt"], config.hh_transcripts)
     prompts, left_out = _fitting(sampler, data["prompt"], config.max_prompts, config.max_completion_length)
@@ -134,7 +137,8 @@ def diagnose(
     kl_budgets: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
     seed: int = 0,
 ) -> Report:
-    """Measure how far the gradient of `sampler.reward` can be trusted, and recommend what to do with it.
+    """Measure how far the gradient of `sampler.reward` can be trusted, and the gradient field of the sampler if it has one, and
+    recommend what to do with them.
 
     Args:
         prompts: P of them; the unit of every interval. Strings where `gold` is given.
@@ -143,7 +147,8 @@ def diagnose(
         samples: of the base model per prompt: the spread of the reward, and best-of-n up to this.
         num_particles: how many of them one decode moves.
         substitutions, regenerations: as in `measure_substitutions`.
-        steps, step_size, kl_budgets: of the decodes. They move all particles once, unverified, tilted to the end.
+        steps, step_size, kl_budgets: of the decodes. They move all particles once, unverified, tilted to the end; along a field
+            they draw as many.
         seed: of all noise.
 
     Returns:
@@ -163,6 +168,7 @@ def diagnose(
     )  # fmt: skip
     report: Report = {"sigma": sigma, "substitutions": len(s.prompt), "prompts": len(prompts)}
     report["gradient_at"] = sampler.gradient_at
+    report["correlation"] = None if sampler.field is None else float(sampler.field.correlation)
     report |= _fidelity(s, sampler.gradient_at)
     report["end"] = {
         "gradient_share": float(s.end_share.mean()),
@@ -185,27 +191,30 @@ def diagnose(
 
 
 def recommend(report: Report) -> Report:
-    """Flow (one round), flow with rounds, or best-of-n, by the rules of docs/diagnose.md in their order.
+    """A gradient field, flow (one round), flow with rounds, or best-of-n, by the rules of docs/diagnose.md in their order.
 
     Returns:
-        `choice`: "flow", "rounds" or "best_of_n"; `sentence`; `reasons`, one per rule that was asked.
+        `choice`: "field", "flow", "rounds" or "best_of_n"; `sentence`; `reasons`, one per rule that was asked.
     """
+    along = [g for g in report["gain"] if g["direction"] == "field"]
+    learned = []
+    if along:
+        best = max(along, key=lambda g: float(g["over_best_of_n_low"]))
+        learned = [f"particles drawn along the field at {best['kl_budget']:g} nats earn {_over(best)}"]
+        if best["over_best_of_n_low"] > 0:
+            return _said("field", learned, TransportBudget.auto(correlation=report["correlation"]).kl_budget)
     at = report["gradient_at"]
     row = next(r for r in report["fidelity"] if r["suffix"] == "regenerated" and r["at"] == at)
     faithful = row["value"] is not None and row["low"] > MIN_FIDELITY
     seen = f"{_interval(row)} ({'above' if faithful else 'not surely above'} {MIN_FIDELITY:g})"
-    reasons = [f"the gradient's forecast of what a token is worth, the rest written anew, has rank correlation {seen}"]
+    reasons = [*learned, f"the gradient's forecast of what a token is worth, the rest written anew, has rank correlation {seen}"]
     gains = [g for g in report["gain"] if g["direction"] == "gradient"]
     best = max(gains, key=lambda g: float(g["over_best_of_n_low"]))
     pays = best["over_best_of_n_low"] > 0
-    earned = (
-        f"one decode of all particles at {best['kl_budget']:g} nats earns {best['over_best_of_n']:+.2f} "
-        f"[{best['over_best_of_n_low']:+.2f}, {best['over_best_of_n_high']:+.2f}] standard deviations more than best-of-n of as "
-        "many completions"
-    )
+    earned = f"one decode of all particles at {best['kl_budget']:g} nats earns {_over(best)}"
     # A few hundred substitutions leave a forecast in doubt that whole decodes may settle.
     if not faithful and not pays:
-        return _said("best_of_n", [f"{reasons[0]}, and {earned}"])
+        return _said("best_of_n", [*reasons[:-1], f"{reasons[-1]}, and {earned}"])
     members = report["members"]
     if members is None:
         reasons.append("one reward model: whether it is right about edits cannot be seen from here")
@@ -222,7 +231,13 @@ def recommend(report: Report) -> Report:
     return _said("flow" if pays else "rounds", reasons, best["kl_budget"])
 
 
+def _over(gain: Report) -> str:
+    value, low, high = (gain[f"over_best_of_n{end}"] for end in ("", "_low", "_high"))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] standard deviations more than best-of-n of as many completions"
+
+
 _SENTENCES = {
+    "field": "Draw along the gradient field, at {budget:.2g} nats, which its correlation says",
     "flow": "Use flow with one round, tilted to the end, at {budget:g} nats",
     "rounds": "Use flow with rounds: edits one at a time, each verified",
     "best_of_n": "Use best-of-n",
@@ -288,19 +303,29 @@ def _gains(
     length: int,
     seed: int,
 ) -> list[Report]:
-    """What one decode gains, in standard deviations of the reward: every budget, and a random direction at one of them."""
-    every = copy.copy(sampler)
-    every.movers, every.horizon = None, None
+    """What one decode gains, in standard deviations of the reward: every budget, and a random direction at one of them; what
+    particles gain that are drawn along a field, at every budget."""
+    own = copy.copy(sampler)
+    own.movers, own.horizon, own.field = None, None, None
     middle = kl_budgets[len(kl_budgets) // 2]
+    plan = [*(("gradient", b) for b in kl_budgets), ("random", middle)]
+    if sampler.field is not None:
+        plan += [("field", b) for b in kl_budgets]
+    # The noise of a particle depends on its number: these are the ones that are moved, or that would have been drawn.
+    before = pool[:, :n]
     rows = []
-    for kl_budget, direction in [*((b, None) for b in kl_budgets), (middle, random_direction)]:
+    for name, kl_budget in plan:
         budget = TransportBudget(steps=steps, step_size=step_size, kl_budget=kl_budget)
-        out = every.sample(prompts, n, budget, length, seed, verify=False, direction=direction)
-        before, after = out.initial.rewards.cpu(), out.transported.rewards.cpu()
+        out = (sampler if name == "field" else own).sample(
+            prompts, n, budget, length, seed, verify=False, direction=random_direction if name == "random" else None
+        )
+        after = out.transported.rewards.cpu()
         gain = (after - before).mean(1).double().numpy() / sigma
         # The chain rule: the KL of the whole text is the mean of what was spent on the way.
         spent = float(out.transported.kl.mean())
-        best = torch.maximum(before.amax(1), after.amax(1)).double().numpy() / sigma
+        # A field leaves no initial particles to choose from.
+        candidates = after if name == "field" else torch.cat([before, after], 1)
+        best = candidates.amax(1).double().numpy() / sigma
         generations = float(out.generations.mean())
         equal = min(math.ceil(generations), pool.shape[1])
         baseline = best_of_n_curve(pool, pool, [equal])[:, 0].numpy() / sigma
@@ -308,7 +333,7 @@ def _gains(
         over_low, over_high = paired_bootstrap_ci(best, baseline)
         rows.append(
             {
-                "direction": "gradient" if direction is None else "random",
+                "direction": name,
                 "kl_budget": float(kl_budget), "kl": spent, "gain": float(gain.mean()), "gain_low": low, "gain_high": high,
                 "ideal": math.sqrt(2 * spent), "generations": generations, "best_of_n_equal": equal,
                 "over_best_of_n": float((best - baseline).mean()), "over_best_of_n_low": over_low,
@@ -387,7 +412,7 @@ def print_diagnosis(report: Report, console: Console) -> None:
         table.add_column(header, justify="left" if not header else "right")
     by = {(row["suffix"], row["at"]): row for row in report["fidelity"]}
     for at in dict.fromkeys(row["at"] for row in report["fidelity"]):
-        name = "random direction" if at == "random" else f"gradient at {at}"
+        name = {"random": "random direction", "field": "gradient field"}.get(at, f"gradient at {at}")
         rows = [by[suffix, at] for suffix in suffixes]
         shares = ["-" if row["r2"]["value"] is None else f"{row['r2']['value']:.2f}" for row in rows]
         table.add_row(name, *map(_interval, rows), *shares)
@@ -407,6 +432,8 @@ def print_diagnosis(report: Report, console: Console) -> None:
     if report["gold"] is not None:
         table.add_row("proxy and gold agree", *(_interval(report["gold"][suffix]["proxy"]) for suffix in suffixes), "", "")
     console.print(table)
+    if report["correlation"] is not None:
+        console.print(f"The field agrees with the reward, on prompts held out of its fit, by {report['correlation']:.2f}.\n")
     table = Table(title="One decode, in standard deviations of the reward", box=None, padding=(0, 2, 0, 0))
     for header in ("budget, nats", "spent", "direction", "gain [95 %]", "ideal", "over best-of-n [95 %]", "generations"):
         table.add_column(header, justify="right")

@@ -207,11 +207,15 @@ def rescored(pool: Pool, task: Task, sampler: VGFSampler, seeds: Sequence[int]) 
     return replace(pool, proxy=proxy, seconds=pool.seconds + time.perf_counter() - started)
 
 
-def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) -> list[Row]:
-    """Unbiased best-of-n by the pool's proxy, for gold, proxy and both likelihoods. `base` is n = 1."""
+def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], likelihood_weight: float = 0.0, **more: object) -> list[Row]:
+    """Unbiased best-of-n by the pool's proxy, for gold, proxy and both likelihoods. `base` is n = 1. With a weight the best is
+    that of proxy and likelihood, as along a gradient field, and there is no `base`."""
     size = pool.proxy.shape[1]
+    chosen_by = pool.proxy - likelihood_weight * pool.nll_base
+    if likelihood_weight:
+        ns = [n for n in ns if n > 1]
     curves = {
-        name: best_of_n_curve(pool.proxy, values, ns).numpy()
+        name: best_of_n_curve(chosen_by, values, ns).numpy()
         for name, values in (
             ("reward_gold", pool.gold),
             ("reward_proxy", pool.proxy),
@@ -222,11 +226,11 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) ->
     rows: list[Row] = []
     for i, n in enumerate(ns):
         low, high = bootstrap_ci(curves["reward_gold"][:, i])
-        chosen = [texts[int(p[:n].argmax())] for texts, p in zip(pool.completions, pool.proxy, strict=True)]
+        chosen = [texts[int(p[:n].argmax())] for texts, p in zip(pool.completions, chosen_by, strict=True)]
         rows.append(
             {
                 "task": task.name,
-                "method": "base" if n == 1 else "best_of_n",
+                "method": "best_of_n_likelihood" if likelihood_weight else "base" if n == 1 else "best_of_n",
                 "num_particles": n,
                 "generations": float(n),
                 "steps": 0,
@@ -236,28 +240,33 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], **more: object) ->
                 "kl_nats": best_of_n_kl(n),
                 "distinct_2": distinct_n(chosen, 2),
                 "seconds": pool.seconds * n / size,
+                **({"likelihood_weight": likelihood_weight} if likelihood_weight else {}),
                 **more,
             }
         )
     return rows
 
 
-def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float) -> Row:
+def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float, likelihood_weight: float = 0.0) -> Row:
     """Gold above best-of-n on the same prompts, at equal generations, in equal time and at equal KL: mean and 95 % interval of
-    the paired difference.
+    the paired difference. With a weight also above the best of as many generations by proxy and likelihood.
 
     n is what the generations, the seconds, or `kl_nats` would have paid for, rounded up in favour of best-of-n and at most the
     pool.
     """
     size = pool.proxy.shape[1]
+    drawn = float(np.mean(measured.generations))
+    rivals = {
+        "": (drawn, pool.proxy),
+        "_in_equal_time": (size * measured.seconds / pool.seconds, pool.proxy),
+        "_at_equal_kl": (equal_kl_n(kl_nats, size), pool.proxy),
+    }
+    if likelihood_weight:
+        rivals["_by_likelihood"] = (drawn, pool.proxy - likelihood_weight * pool.nll_base)
     result: Row = {}
-    for key, n in (
-        ("", np.mean(measured.generations)),
-        ("_in_equal_time", size * measured.seconds / pool.seconds),
-        ("_at_equal_kl", equal_kl_n(kl_nats, size)),
-    ):
+    for key, (n, chosen_by) in rivals.items():
         n = min(math.ceil(n), size)
-        baseline = best_of_n_curve(pool.proxy, pool.gold, [n])[:, 0].numpy()
+        baseline = best_of_n_curve(chosen_by, pool.gold, [n])[:, 0].numpy()
         low, high = paired_bootstrap_ci(measured.gold, baseline)
         result |= {
             f"equal_n{key}": n,
@@ -268,7 +277,7 @@ def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float) -> Row:
     return result
 
 
-NS = (1, 2, 4, 8, 16, 32, 64)
+NS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -389,8 +398,11 @@ def measure_task(
     for reward, size in ((several, len(members)), (single, 1)):
         if reward is single:
             pool = rescored(pool, task, sampler(single), seeds)
-        rows += best_of_n_rows(task, pool, [n for n in NS if n <= plan.pool], members=size, seeds=len(seeds))
+        ns = [n for n in NS if n <= plan.pool]
         field = GradientField.from_pretrained(fitted_field(task, sampler(reward), members[:size], plan, work, log))
+        weight = float(field.likelihood_weight)
+        rows += best_of_n_rows(task, pool, ns, members=size, seeds=len(seeds))
+        rows += best_of_n_rows(task, pool, ns, weight, members=size, seeds=len(seeds))
         for run in runs(plan, reward is several, float(field.correlation)):
             budget = run.budget
             log(
@@ -404,12 +416,12 @@ def measure_task(
                 run.num_particles, budget, verify=run.verify, direction=run.direction,
             )  # fmt: skip
             candidates = run.num_particles
+            along = run.gradient == "learned" and not budget.is_zero
             if auto:
                 candidates = math.ceil(float(np.max(measured.generations)))
             elif budget.steps:
-                drawn = run.gradient == "learned"
-                candidates *= budget.rounds if drawn else 1
-                candidates += budget.rounds * plan.own_movers if run.verify and not drawn else 0
+                candidates *= budget.rounds if along else 1
+                candidates += budget.rounds * plan.own_movers if run.verify and not along else 0
             rows.append(
                 row(
                     task,
@@ -425,7 +437,8 @@ def measure_task(
                     members=size,
                     seeds=len(seeds),
                     kl_lower=reward_quantile_kl(torch.tensor(measured.proxy), pool.proxy),
-                    **over_best_of_n(measured, pool, selection_kl(measured.kl, candidates)),
+                    likelihood_weight=weight if along else None,
+                    **over_best_of_n(measured, pool, selection_kl(measured.kl, candidates), weight if along else 0.0),
                 )
             )
     return rows

@@ -6,6 +6,7 @@ is spent on texts drawn along the gradient field of reward models that were trai
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from vgf_llm.text import VGFSampler
 from vgf_llm.text.field import GradientField
 
 from .preferences import Pair, moved_pairs
-from .training import artefact, ensemble, trained_field
+from .training import COMPARISONS, HELD_OUT, artefact, ensemble, trained_field
 
 
 # Of what the field of the first round is fitted to; that of the final reward models has noise of its own.
@@ -56,13 +57,22 @@ def train_members(
     """`directory/reward-<task>-<member>-<hash>`, what is missing trained.
 
     Moved pairs are drawn along the field of an ensemble `first-<task>-<member>` on the plain pairs alone; what is returned is
-    trained on all, from the same start.
+    trained on all, from the same start. Of the pairs that a member was not trained on those of moved texts, if there are any, are
+    kept beside it: they say what likelihood is worth where the flow leads (`likelihood_worth`).
     """
     plain = cache(labels.plain)
 
-    def trained(name: str, pairs: Callable[[int], list[Pair]]) -> list[Path]:
+    def trained(name: str, moved: Callable[[int], list[Pair]] | None) -> list[Path]:
         def make(out: Path, _: Any, member: int) -> None:
-            labels.train(out, pairs(member), member)
+            pairs = telling = plain(member)
+            if moved is not None:
+                telling = moved(member)
+                pairs = pairs + telling
+                random.Random(member).shuffle(pairs)
+            labels.train(out, pairs, member)
+            of_telling = set(telling)
+            held_out = [(p, f" {c}", f" {r}") for p, c, r in pairs[:HELD_OUT] if (p, c, r) in of_telling]
+            (out / COMPARISONS).write_text(json.dumps(held_out))
 
         rooms = ("data", "flow", "text")
         return [
@@ -70,9 +80,9 @@ def train_members(
         ]
 
     if not labels.moved:
-        return trained("reward", plain)
+        return trained("reward", None)
 
-    first = trained("first", plain)
+    first = trained("first", None)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     sampler = VGFSampler(model, ensemble(first, tokenizer), tokenizer, flow_batch_size=512)
     field = trained_field(
@@ -81,12 +91,10 @@ def train_members(
     )  # fmt: skip
     sampler.field = GradientField.from_pretrained(field)
 
-    def with_moved(member: int) -> list[Pair]:
-        pairs = plain(member) + moved_pairs(
+    def moved(member: int) -> list[Pair]:
+        return moved_pairs(
             sampler, labels.prompts(member), labels.gold, count=labels.moved, noise=labels.noise,
             max_completion_length=labels.max_completion_length, seed=member,
         )  # fmt: skip
-        random.Random(member).shuffle(pairs)
-        return pairs
 
-    return trained("reward", with_moved)
+    return trained("reward", moved)

@@ -184,10 +184,12 @@ def plot_diagnosis(report: dict[str, Any], path: str | Path) -> None:
         for ax in (where, position, entropy):
             ax.set_ylim(min(shared), max(shared))
         where.set_ylabel("rank correlation of\npredicted and true change")
-        for direction, colour, marker in (("gradient", VERMILION, "o"), ("random", GREY, "x")):
+        for direction, colour, marker in (("gradient", VERMILION, "o"), ("field", GREEN, "s"), ("random", GREY, "x")):
             points = [g for g in report["gain"] if g["direction"] == direction]
+            if not points:
+                continue
             bars = [[g["gain"] - g["gain_low"] for g in points], [g["gain_high"] - g["gain"] for g in points]]
-            label = f"{direction} direction" if direction == "random" else direction
+            label = {"random": "random direction", "field": "along the field"}.get(direction, direction)
             gain.errorbar(
                 [g["kl"] for g in points], [g["gain"] for g in points], bars, color=colour, marker=marker, capsize=3, label=label
             )
@@ -314,7 +316,8 @@ def _settings(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _best_of_n(ax: Axes, rows: Sequence[Row], x: str, label: str) -> list[Row]:
-    """One curve for every number of reward models, the largest with its band; that one is returned."""
+    """One curve for every number of reward models, the largest with its band; that one is returned. Selected by likelihood too it
+    is dashed."""
     of_members: dict[Any, list[Row]] = {}
     for row in _sorted(_of(rows, "base", "best_of_n"), x):
         of_members.setdefault(row.get("members"), []).append(row)
@@ -322,6 +325,11 @@ def _best_of_n(ax: Axes, rows: Sequence[Row], x: str, label: str) -> list[Row]:
     for index, (members, curve) in enumerate(ranked):
         name = label if len(ranked) == 1 else f"{label}, {_SETTING_NAMES['members'](members)}"
         _line(ax, curve, x, name, BLUE if index == 0 else SKY, "o", band=index == 0)
+    if ranked:
+        most = [row for row in _of(rows, "best_of_n_likelihood") if row.get("members") == ranked[0][0]]
+        points = [(row[x], row["reward_gold"]) for row in _sorted(most, x)]
+        if points:
+            ax.plot(*zip(*points, strict=True), color=BLUE, linestyle="--", linewidth=1.4, label="best-of-n, likelihood counts")
     return ranked[0][1] if ranked else []
 
 

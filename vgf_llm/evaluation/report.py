@@ -1,13 +1,14 @@
 """Reports: rows of results as tables for people and as strict JSON for programs.
 
-A row is a dict: `task`, `method` (base, best_of_n, vgf, vgf_auto, vgf_random, vgf_flip, vgf_shuffle, student_best_of_n,
-student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its 95 %
-interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
+A row is a dict: `task`, `method` (base, best_of_n, best_of_n_likelihood, vgf, vgf_auto, vgf_random, vgf_flip, vgf_shuffle,
+student_best_of_n, student_vgf), `num_particles` N, `generations` per prompt, `steps` L, `reward_proxy`, `reward_gold` with its
+95 % interval `reward_gold_low` and `reward_gold_high`, `kl_nats`, `nll_base` and `nll_judge` in nats, `distinct_2`,
 `seconds`, `seeds`. A trained policy of the user is `student: NAME`. `wins` holds win rates: by judge ("gold", "judge") and
 opponent `rate`, `low`, `high` and `ties`. Optional: `gradient` that particles follow ("learned" or the reward's "own"),
-`kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`, `kl_lower` in nats, `gold_over_best_of_n` with
-its 95 % interval `..._low` and `..._high`, of a paired difference at equal generations, and
-`gold_over_best_of_n_in_equal_time` and `gold_over_best_of_n_at_equal_kl` likewise. A value may be absent or None; a table shows
+`kl_budget` in nats, `rounds`, `members`, `verified`, `reward_gold_population`, `kl_lower` in nats, `likelihood_weight` in units
+of the proxy per nat, where completions are selected by both; `gold_over_best_of_n` with its 95 % interval `..._low` and
+`..._high`, of a paired difference at equal generations, and likewise `gold_over_best_of_n_in_equal_time`,
+`gold_over_best_of_n_at_equal_kl` and `gold_over_best_of_n_by_likelihood`. A value may be absent or None; a table shows
 "-" there, and leaves out a column that no row fills.
 """
 
@@ -31,6 +32,7 @@ Row = Mapping[str, Any]
 METHOD_NAMES = {
     "base": "base",
     "best_of_n": "best-of-n",
+    "best_of_n_likelihood": "BoN likely",
     "vgf": "VGF",
     "vgf_auto": "VGF auto",
     "vgf_random": "VGF random",

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset
@@ -33,7 +33,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from vgf_llm.text import DifferentiableReward, VGFSampler
-from vgf_llm.text.field import fit_field
+from vgf_llm.text.field import FEWEST_COMPARISONS, Comparison, fit_field
 from vgf_llm.text.reward import mix_embeddings
 
 
@@ -41,6 +41,8 @@ Texts = TypeVar("Texts", bound=tuple[str, ...])
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 RECIPES = ("training.py", "preferences.py", "labels.py", "world.py")
+HELD_OUT = 200  # comparisons of each reward model
+COMPARISONS = "comparisons.json"  # beside a reward model: of those held out, the ones for `likelihood_worth`
 
 
 def artefact(
@@ -201,7 +203,7 @@ def train_reward_model(
     max_length: int,
     matrix_learning_rate: float | None = None,
     mixtures: tuple[Path, str] | None = None,
-    held_out: int = 200,
+    held_out: int = HELD_OUT,
     batch_size: int = 16,
 ) -> None:
     """A Bradley-Terry reward model on (prompt, chosen, rejected) with TRL's RewardTrainer, one pass, starting from `start`, a
@@ -262,6 +264,12 @@ def ensemble(members: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Dif
     return DifferentiableReward(list(members), tokenizer, calibration=calibration)
 
 
+def comparisons(members: Sequence[Path]) -> list[Comparison] | None:
+    """What was kept of reward models that `labels.train_members` has made; None where it is too little to say anything."""
+    kept = [cast(Comparison, tuple(pair)) for member in members for pair in json.loads((member / COMPARISONS).read_text())]
+    return kept if len(kept) >= FEWEST_COMPARISONS else None
+
+
 def trained_field(
     directory: Path,
     name: str,
@@ -279,8 +287,9 @@ def trained_field(
     def make(out: Path, recipe: object) -> None:
         started = time.perf_counter()
         field = fit_field(
-            sampler, prompts, num_samples=num_samples, max_completion_length=max_completion_length, seed=seed, progress=True
-        )
+            sampler, prompts, num_samples=num_samples, max_completion_length=max_completion_length, seed=seed, progress=True,
+            comparisons=comparisons(members),
+        )  # fmt: skip
         field.save_pretrained(out)
         (out / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
 

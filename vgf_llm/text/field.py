@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
+from scipy.special import expit
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, DynamicCache, PreTrainedModel
@@ -53,6 +55,11 @@ logger = logging.getLogger(__name__)
 HEADS = "field.safetensors"
 # Scales lam, per standard deviation of the reward, whose price in nats is measured when a field is fitted.
 SCALES = tuple(2.0 ** (k / 2) for k in range(-12, 13))
+# What a nat of likelihood counts in selection, in standard deviations of the reward, where comparisons do not say more.
+LIKELIHOOD_WEIGHT = 0.005
+FEWEST_COMPARISONS = 50
+# Prompt, chosen, rejected.
+Comparison = tuple["Prompt", str, str]
 
 
 class GradientField(nn.Module):
@@ -68,11 +75,14 @@ class GradientField(nn.Module):
         correlation: [] between the rewards of completions of the same prompt and what g says of their tokens,
             sum_t <g_t, e - E_mu e>, on prompts that were held out of the fit. A small budget of k nats raises the reward by
             `correlation * sqrt(2 k)` of its standard deviations within the prompt, where 1 is what no tilt can exceed.
+        likelihood_weight: [] w of `R + w log mu`, by which completions drawn along the field are selected, in units of the reward
+            per nat (`likelihood_worth`).
     """
 
     nats: Tensor
     spread: Tensor
     correlation: Tensor
+    likelihood_weight: Tensor
 
     def __init__(self, backbone: PreTrainedModel, width: int) -> None:
         super().__init__()
@@ -80,6 +90,7 @@ class GradientField(nn.Module):
         self.register_buffer("nats", torch.zeros(len(SCALES)))
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("correlation", torch.zeros(()))
+        self.register_buffer("likelihood_weight", torch.zeros(()))
         config = backbone.config.get_text_config()
         hidden = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT may project what it puts out
         # Without drawing random numbers: they begin at zero, since before any sample is seen no direction is better than another.
@@ -173,7 +184,9 @@ class GradientField(nn.Module):
             heads = load_file(str(path))
         except SafetensorError as error:
             raise ValueError(f"{path}: the weights cannot be read, the file is broken or cut off: {error}") from error
-        expected = {"value.weight", "value.bias", "slope.weight", "slope.bias", "nats", "spread", "correlation"}
+        expected = {
+            "value.weight", "value.bias", "slope.weight", "slope.bias", "nats", "spread", "correlation", "likelihood_weight",
+        }  # fmt: skip
         if set(heads) != expected:
             raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
         field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0])
@@ -218,6 +231,7 @@ def fit_field(
     batch_size: int = 64,
     learning_rate: float = 5e-4,
     seed: int = 0,
+    comparisons: Sequence[Comparison] | None = None,
     progress: bool = False,
 ) -> GradientField:
     """Fit a field to what a sampler's base model writes and what its reward says of that. No label is needed.
@@ -237,10 +251,13 @@ def fit_field(
         epochs, batch_size, learning_rate: passes over the samples, completions per step, and the peak of one cycle of AdamW.
             Defaults 2, 64 and 5e-4, those of docs/sampler.md.
         seed: of samples and batches.
+        comparisons: with which the reward was not trained, for `GradientField.likelihood_weight` (`likelihood_worth`). Default
+            None: it is 0.005 standard deviations of the reward, which holds text likely and costs hardly any reward.
         progress: show progress bars.
 
     Raises:
-        ValueError: see `VGFSampler.sample`; or all completions have the same reward, or less than 2 prompts or samples.
+        ValueError: those of `VGFSampler.sample` and `likelihood_worth`; all completions have the same reward, or there are less
+            than 2 prompts or samples.
         FloatingPointError: the loss is not finite.
     """
     if len(prompts) < 2 or num_samples < 2:
@@ -248,6 +265,7 @@ def fit_field(
             "a field needs at least 2 prompts, one of which is held out, and 2 samples of each, got "
             f"{len(prompts)} prompts and num_samples={num_samples}"
         )
+    worth = 0.0 if comparisons is None else likelihood_worth(sampler, comparisons)
     budget = TransportBudget(steps=0)
     # A seed for every place: a prompt that comes again has other completions, of which most would else be copies.
     seeds = [seed * 2**40 + place for place in range(len(prompts))]
@@ -309,7 +327,62 @@ def fit_field(
         logger.warning("the gradient field has learned nothing that holds on held-out prompts: it will move no particle")
     for start in range(0, len(rows), batch_size):
         field.nats += _nats(field, sampler, rows[start : start + batch_size]) / len(rows)
+    field.likelihood_weight.fill_(max(LIKELIHOOD_WEIGHT * spread, worth))
     return field
+
+
+def likelihood_worth(sampler: VGFSampler, comparisons: Sequence[Comparison], batch_size: int = 64) -> float:
+    """What a nat of likelihood says about which text is better, beside the reward: w of `R + w log mu`, in units of R per nat.
+
+    A reward model errs most on texts that the base model finds unlikely, and a large budget leads there. How far it is to be
+    trusted is a question to labels: of `P(chosen) = sigmoid(a (R_c - R_r) + b (log mu_c - log mu_r))` (Bradley-Terry with two
+    features, by maximum likelihood) w is b / a.
+
+    Args:
+        sampler: base distribution mu and reward R.
+        comparisons: (prompt, chosen, rejected) with which the reward was not trained, best of texts drawn along a field; a
+            completion is what stands behind the prompt, with a space if there is one, and without its end-of-sequence token.
+            Those of which the base distribution cannot say a text (`top_k`, `top_p`) do not count.
+        batch_size: comparisons at once.
+
+    Returns:
+        w; 0 where unlikely texts are the better ones, and, with a warning, where the reward does not agree with the comparisons.
+
+    Raises:
+        ValueError: less than 50 comparisons that count, or those of `VGFSampler.encode`.
+    """
+    tokenizer = sampler.processing_class
+    texts = [[tokenizer(pair[side], add_special_tokens=False)["input_ids"] for pair in comparisons] for side in (1, 2)]
+    longest = max((len(ids) for side in texts for ids in side), default=0) + 1
+    prompts = sampler.encode([prompt for prompt, _, _ in comparisons], longest) if comparisons else []
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        features = []
+        for side in texts:
+            some = list(zip(prompts, side, strict=True))[start : start + batch_size]
+            prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, [(p, [*c, tokenizer.eos_token_id]) for p, c in some])
+            said = log_mu.gather(-1, ids[..., None])[..., 0].masked_fill(~mask, 0.0).sum(1)
+            features.append(torch.stack([sampler.reward.score_ids(prompt_ids, prompt_mask, ids, mask), said], 1))
+        parts.append((features[0] - features[1]).double().cpu().numpy())
+    apart = np.concatenate(parts) if parts else np.empty((0, 2))
+    apart = apart[np.isfinite(apart).all(1)]
+    if len(apart) < FEWEST_COMPARISONS:
+        raise ValueError(
+            f"{len(apart)} comparisons count, which do not say what likelihood is worth: give at least {FEWEST_COMPARISONS}, of "
+            "texts that the base distribution can say"
+        )
+    units = np.maximum(np.sqrt(np.square(apart).mean(0)), 1e-12)
+    apart /= units
+    found = minimize(
+        lambda x: float(np.logaddexp(0.0, -apart @ x).mean()),
+        np.zeros(2),
+        jac=lambda x: -(apart.T @ expit(-apart @ x)) / len(apart),
+    )
+    a, b = found.x / units
+    if a <= 0:
+        logger.warning("the reward does not agree with the comparisons: they do not say what likelihood is worth beside it")
+        return 0.0
+    return max(0.0, float(b / a))
 
 
 def gain(gradient: Tensor, log_mu: Tensor, ids: Tensor, table: Tensor) -> Tensor:

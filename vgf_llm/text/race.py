@@ -24,7 +24,7 @@ class Race:
     """Records of B prompts, and the completions they have left.
 
     Args:
-        rewards: [B, N] of the initial particles.
+        rewards: [B, N] of the initial particles, or what else is to rise.
         generations: completions that each prompt may decode in all, N of them spent.
         turn: completions that a fresh turn draws, and particles that a turn moves.
     """

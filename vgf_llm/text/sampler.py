@@ -67,7 +67,8 @@ class VGFOutput:
         rewards: [B] their rewards.
         initial: the particles as they were drawn: from the base model, or moved already where a gradient field moved them.
         transported: the particles after all rounds (an unmoved particle is its own result).
-        selected: [B] index of the selected completion among the N transported ones, or N + index among the initial ones.
+        selected: [B] index of the selected completion among the N transported ones, or N + index among the initial ones: of the
+            highest reward, along a gradient field of the highest `R + w log mu`.
         trace: one flow trace per round, [L, B, N] per field; none under a budget in generations, where every prompt moves in
             rounds of its own, nor along a gradient field, where a particle moves token by token.
         generations: [B] base-model completions decoded per prompt: tokens decoded one by one, as multiples of the mean length
@@ -109,7 +110,13 @@ class _Chunk:
     mean_length: Tensor  # [B] of the initial particles
     reward_prefix: Prefix | None = None  # R rows, once the reward has read them
     rewards: Tensor = field(init=False)  # [B, n] of the particles
-    weight: Tensor = field(init=False)  # [B] what a nat of likelihood is worth
+    weight: Tensor = field(init=False)  # [B] what a nat of likelihood is worth when one moves along the reward's own gradient
+    price: Tensor | float = 0.0  # the same when particles are kept and selected
+
+    @property
+    def values(self) -> Tensor:
+        """[B, n] what particles are kept and selected by."""
+        return self.rewards + self.price * self.state.logprobs.view_as(self.rewards)
 
 
 class VGFSampler:
@@ -123,7 +130,8 @@ class VGFSampler:
 
     With a `gradient_field` particles need not be drawn before they move: every token is drawn under the tilt that the field gives
     its prefix (`field`), N particles in each of `budget.rounds`, and the N best stay. No completion spends more than
-    `budget.kl_budget` nats, so that KL(q || mu) <= kl_budget for every prompt, and `kl` is exact.
+    `budget.kl_budget` nats, so that KL(q || mu) <= kl_budget for every prompt, and `kl` is exact. The best is that of the highest
+    `R + w log mu`, w = `GradientField.likelihood_weight`.
 
     A prompt's result depends on the prompt, the seed and the budget, not on what else is in the call.
 
@@ -146,12 +154,13 @@ class VGFSampler:
         likelihood_weight: w >= 0. A particle moves if `R + w sigma log mu` rises, the log density of mu exp(R / alpha) times
             alpha = w sigma. sigma, the standard deviation of the prompt's initial rewards, makes w independent of their scale.
             0: if the reward rises, however unlikely the text becomes. Selection is by the reward alone. Default 0.02: on the
-            embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md).
+            embedded data the flow then reaches best-of-64's reward at no lower likelihood (docs/method.md). A field has a weight
+            of its own, which selects.
         flow_batch_size: completions in memory at once. Default 32.
         chat_template_kwargs: passed to the chat template with every prompt of messages, such as `{"enable_thinking": False}`.
         gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) to follow instead of the reward's own: one forward of
             its model per token instead of gradients. It counts in what is written after a token. `gradient_at`, `horizon`,
-            `likelihood_weight` and the steps of a budget (but for 0) play no part. The reward selects as ever.
+            `likelihood_weight` and the steps of a budget (but for 0) play no part.
 
     Raises:
         ValueError: no tokenizer for a model object, no padding or end-of-sequence token, another vocabulary in the reward
@@ -312,7 +321,9 @@ class VGFSampler:
         at_once = steered and initial is None and budget.generations is None
         moves = budget if at_once else None
         chunk = self._draw_chunk(prompts, n, length, seeds, initial, scorer, start, moves, direction, dense and at_once)
-        drawn, rewards = chunk.state, chunk.rewards
+        if self.field is not None and steered:
+            chunk.price = self.field.likelihood_weight
+        drawn, rewards, values = chunk.state, chunk.rewards, chunk.values
         traces: list[Trace] = []
         rounds = 0 if budget.is_zero else budget.rounds
         movers = n if self.movers is None else min(self.movers, n)
@@ -325,7 +336,7 @@ class VGFSampler:
                     before = [n * at_once + movers * (index - at_once)] * len(prompts)
                     self._draw(chunk, everyone, movers, before, budget, direction)
         else:
-            race = Race(rewards, budget.generations, min(self.movers or PER_TURN, n))
+            race = Race(values, budget.generations, min(self.movers or PER_TURN, n))
             for index in range(rounds):
                 moving, drawing = race.turns()
                 if not len(moving) + len(drawing):
@@ -340,16 +351,15 @@ class VGFSampler:
                     before = [n + drawn for drawn in race.draws[drawing].tolist()]
                     race.drew(drawing, *self._draw(chunk, drawing, race.turn, before))
         state, state_rewards = chunk.state, chunk.rewards
-        # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
-        pool = torch.cat([state_rewards, rewards], 1) if verify else state_rewards
         first, last = self._particles(drawn, rewards), self._particles(state, state_rewards)
-        selected = best_of_n(pool)
+        # A tie goes to the transported particle, so that an unmoved winner counts as its own result.
+        selected = best_of_n(torch.cat([chunk.values, values], 1) if verify else chunk.values)
         texts = [(t + i)[k] for t, i, k in zip(last.completions, first.completions, selected.tolist(), strict=True)]
         tokens = [(t + i)[k] for t, i, k in zip(last.completion_ids, first.completion_ids, selected.tolist(), strict=True)]
         return VGFOutput(
             completions=texts,
             completion_ids=tokens,
-            rewards=pool.gather(1, selected[:, None])[:, 0],
+            rewards=torch.cat([state_rewards, rewards], 1).gather(1, selected[:, None])[:, 0],
             initial=first,
             transported=last,
             selected=selected,
@@ -486,7 +496,7 @@ class VGFSampler:
         direction: Direction | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw `count` more particles for the prompts `who` [B'], from the base model, or moved within a budget along the field.
-        Returns their rewards [B', count] and what they cost [B'].
+        Returns what they are kept by [B', count] (`_Chunk.values`) and what they cost [B'].
 
         They are those that a larger N would have begun with, behind the first `before` [B'].
         """
@@ -503,17 +513,17 @@ class VGFSampler:
             pad_id=self._pad, steering=self._steering(field_prefix and field_prefix.deal(rows), keys, budget, direction),
         )  # fmt: skip
         rewards = self._score(chunk, rows, drawn).view(-1, count)
+        values = rewards + chunk.price * drawn.logprobs.view_as(rewards)
         # One after the other: a sample takes the place of the worst particle, if it is better.
         n = chunk.n
         for column in range(count):
-            place = who * n + chunk.rewards[who].argmin(1)
-            new = rewards[:, column]
-            better = (new > chunk.rewards.flatten()[place]).nonzero()[:, 0]
+            worst = chunk.values[who].min(1)
+            place, better = who * n + worst.indices, (values[:, column] > worst.values).nonzero()[:, 0]
             chunk.state = chunk.state.put(place[better], drawn.take(better * count + column))
-            chunk.rewards = chunk.rewards.flatten().index_copy(0, place[better], new[better]).view(-1, n)
+            chunk.rewards = chunk.rewards.flatten().index_copy(0, place[better], rewards[better, column]).view(-1, n)
         spent = drawn.new_tokens.view(-1, count).sum(1) / chunk.mean_length[who]
         chunk.generations[who] += spent
-        return rewards, spent
+        return values, spent
 
     def _steering(
         self, prefix: Prefix | None, keys: Tensor, budget: TransportBudget | None, direction: Direction | None
