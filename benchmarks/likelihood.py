@@ -49,7 +49,7 @@ from vgf_llm.text.field import LIKELIHOOD_WEIGHT
 
 
 PROMPTS, COMPLETIONS, SEED = 128, 16, 5
-KL_BUDGETS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+KL_BUDGETS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 WEIGHTS = (0.0, 0.0025, LIKELIHOOD_WEIGHT, 0.01, 0.02, 0.04, 0.08)  # in standard deviations of the reward per nat
 STYLES = {0.0: GREY, LIKELIHOOD_WEIGHT: BLUE, 0.01: GREEN, 0.02: PURPLE, 0.04: VERMILION}
 NAMES = {"tone": "tone", "content": "content and order", "e2e": "E2E"}
