@@ -108,8 +108,9 @@ def sample(sampler: VGFSampler, prompts: Sequence[Prompt], *, num_particles: int
 
     Yields:
         One record per prompt: `prompt`, `completion`, `reward`, `reward_initial_best` (that of the best particle as drawn: what
-        best-of-N earns, unless a gradient field had moved it already), `kl` (nats spent by the tilts of the selected completion)
-        and `generations` (completions decoded, `VGFOutput.generations`).
+        best-of-N earns, unless a gradient field had moved it already; along one likelihood counts too, so that `reward` may be
+        lower), `kl` (nats spent by the tilts of the selected completion) and `generations` (completions decoded,
+        `VGFOutput.generations`).
 
     Raises:
         ValueError: those of `VGFSampler.sample`, before anything is sampled where a prompt is to blame.
