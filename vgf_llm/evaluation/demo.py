@@ -74,17 +74,17 @@ SCALES = {
     # Minutes on two cores.
     "default": Scale(
         Settings(
-            steps=2_000,
+            steps=1_900,
             judge_steps=400,
             trunk_pairs=5_000,
-            content_pairs=1_200,
-            content_edits=400,
+            content_pairs=1_300,
+            content_edits=500,
             content_moved=400,
             tone_pairs=600,
             tone_moved=600,
-            field_prompts=120,
+            field_prompts=60,
         ),
-        Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=120, own_steps=1),
+        Plan(kl_budgets=(0.0, 0.5, 1.0, 4.0, 16.0), field_prompts=150, own_steps=1),
         prompts_per_seed=6,
         seeds=(0, 1, 2),
         student_steps=3,
