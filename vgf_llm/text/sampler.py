@@ -115,8 +115,12 @@ class _Chunk:
 
     @property
     def values(self) -> Tensor:
-        """[B, n] what particles are kept and selected by."""
-        return self.rewards + self.price * self.state.logprobs.view_as(self.rewards)
+        """[B, n] what the particles are kept and selected by."""
+        return self.value(self.rewards, self.state)
+
+    def value(self, rewards: Tensor, decoded: Decoded) -> Tensor:
+        """The same of any completions, given their rewards, in the shape of these."""
+        return rewards + self.price * decoded.logprobs.view_as(rewards)
 
 
 class VGFSampler:
@@ -513,7 +517,7 @@ class VGFSampler:
             pad_id=self._pad, steering=self._steering(field_prefix and field_prefix.deal(rows), keys, budget, direction),
         )  # fmt: skip
         rewards = self._score(chunk, rows, drawn).view(-1, count)
-        values = rewards + chunk.price * drawn.logprobs.view_as(rewards)
+        values = chunk.value(rewards, drawn)
         # One after the other: a sample takes the place of the worst particle, if it is better.
         n = chunk.n
         for column in range(count):
