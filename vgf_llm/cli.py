@@ -496,13 +496,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe(argv[0], argv[1:])
         else:
             args = _parser().parse_args(argv)
-            for name in (
-                "output",
-                "movers",
-                "gradient_field",
-                "layers",
-                "comparisons",
-            ):  # without a default, so that the help shows none
+            # Without a default, so that the help shows none.
+            for name in ("output", "movers", "gradient_field", "layers", "comparisons"):
                 setattr(args, name, getattr(args, name, None))
             args.run(args)
         sys.stdout.flush()
