@@ -79,13 +79,14 @@ def measured(world: World, work: Path) -> list[dict]:
             write_atomically(kept, json.dumps(cell).encode())
             print(f"{world.name}: {nats:g} nats", flush=True)
         gold, proxy, logprobs = (torch.tensor(json.loads(kept.read_bytes())[key]) for key in ("gold", "proxy", "logprobs"))
-        for weight in (*WEIGHTS, float(sampler.field.likelihood_weight) / spread):
+        of_field = float(sampler.field.likelihood_weight) / spread
+        for weight, its_own in (*((w, False) for w in WEIGHTS), (of_field, True)):
             best = best_of_n(proxy + weight * spread * logprobs)[:, None]
             own, likelihood = gold.gather(1, best)[:, 0], logprobs.gather(1, best)
             low, high = bootstrap_ci(own.numpy())
             rows.append(
                 {
-                    "task": world.name, "kl_budget": nats, "likelihood_weight": weight, "of_field": weight not in WEIGHTS,
+                    "task": world.name, "kl_budget": nats, "likelihood_weight": weight, "of_field": its_own,
                     "reward_gold": float(own.mean()), "reward_gold_low": low, "reward_gold_high": high,
                     "reward_proxy": float(proxy.gather(1, best).mean()), "nll_base": -float(likelihood.mean()),
                 }
