@@ -156,12 +156,6 @@ def with_field() -> Groups:
                 for kl in (0.5, 1.0, 2.0, 4.0, 8.0)
             },
             "learned, 2 x 8, 1 nat, random direction": replace(drawn, kl_budget=1.0, random=True),
-            # All have three layers.
-            **{
-                f"learned, {layers} of 3 layers, {kl:g} nat{'' if kl == 1 else 's'}": replace(drawn, layers=layers, kl_budget=kl)
-                for layers in (1, 2)
-                for kl in (1.0, 2.0, 4.0)
-            },
             "learned, automatic": replace(drawn, generations=16.0),
             "own, 7 x 2, 2 nats": own,
             "own, 7 x 2, 4 nats": replace(own, kl_budget=4.0),

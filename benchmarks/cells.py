@@ -85,7 +85,7 @@ class Variant:
     accept: str = "rises"
     record: tuple[int, ...] = ()
     generations: float = 0.0  # 16: `TransportBudget.auto(16)`, whatever else is set
-    layers: int | None = None  # of the reward model's, that the field has; None: all
+    layers: int | None = None  # that the field has of its own, on those of the base model; None: all, those of a reward model
 
 
 REFERENCE = Variant()
@@ -100,7 +100,7 @@ Groups = Mapping[str, Mapping[str, Variant]]
 @dataclass(frozen=True)
 class World:
     """One task with its models; `prompts(seed)` are held out, and no two seeds share one. `fitted` is the gradient field that is
-    kept beside the models; where there is none, or one of fewer layers is asked for, it is fitted to `seen`."""
+    kept beside the models; where there is none, or one on layers of the base model is asked for, it is fitted to `seen`."""
 
     name: str
     base: Path

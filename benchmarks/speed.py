@@ -5,8 +5,8 @@
     python -m benchmarks.speed --compile           also flow and sampling of models that torch.compile has compiled
 
 Models are initialised at random: speed does not depend on what they say, except for the length of completions, so completions
-end at the limit only. Along a gradient field, which has all layers of a reward model, half or a quarter, particles move while
-they are drawn: what moving takes is what drawing takes longer.
+end at the limit only. Along a gradient field, which has all layers of its own, half or one, on the base model's states,
+particles move while they are drawn: what moving takes is what drawing takes longer.
 Stages are timed inside `VGFSampler.sample`: reading the prompts, drawing the particles, reading them in
 one forward, gradients of the reward (the flow), decoding again, scoring. Every figure is the smallest of `--repeats` runs; ratios
 are of runs in turns.
@@ -48,7 +48,7 @@ from transformers import (
 from vgf_llm.evaluation.report import write_atomically, write_report
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
-from vgf_llm.text.field import SCALES, GradientField, first_layers
+from vgf_llm.text.field import SCALES, GradientField, last_layers
 from vgf_llm.text.prefix import ROOM, left_pad
 
 
@@ -106,12 +106,13 @@ def build(
     model.get_output_embeddings().register_forward_hook(_no_end)
     sampler = VGFSampler(model, DifferentiableReward(rewards, tokenizer), tokenizer, flow_batch_size=10**6)
     fields = {}
+    whole = shape["num_hidden_layers"]
     for name, layers in (
-        ("a field", shape["num_hidden_layers"]),
-        ("a field of half the layers", shape["num_hidden_layers"] // 2),
-        ("a field of a quarter of the layers", shape["num_hidden_layers"] // 4),
+        ("a field", whole),
+        ("a field of half the layers", whole // 2),
+        ("a field of one layer", 1),
     ):
-        field = GradientField(first_layers(rewards[0].base_model, layers), sampler.reward.width)
+        field = GradientField(last_layers(model.base_model, layers), sampler.reward.width, whole - layers)
         torch.nn.init.normal_(field.slope.weight)
         field.nats.copy_(torch.tensor(SCALES).square())  # a nat at the scale 1: what it says does not matter
         fields[name] = field.to(dtype)
@@ -365,11 +366,11 @@ def main() -> None:
         "one round, all particles, L = 1": replace(load, steps=1),
         "drawn along a field": load,
         "drawn along a field of half the layers": load,
-        "drawn along a field of a quarter of the layers": load,
+        "drawn along a field of one layer": load,
         "seven rounds of two movers, L = 1": replace(load, rounds=7, movers=2, steps=1),
         "16 drawn along a field": replace(load, num_particles=16),
         "16 drawn along a field of half the layers": replace(load, num_particles=16),
-        "16 drawn along a field of a quarter of the layers": replace(load, num_particles=16),
+        "16 drawn along a field of one layer": replace(load, num_particles=16),
         "best-of-64": replace(load, num_particles=64, steps=0),
         "best-of-N": replace(load, steps=0),
     }

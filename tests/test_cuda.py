@@ -64,9 +64,10 @@ def test_a_prompt_does_not_depend_on_the_others(tokenizer):
         assert alone.transported.completion_ids[0] == together.transported.completion_ids[b]
 
 
-def test_a_field_is_fitted_and_followed(tokenizer):
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_field_is_fitted_and_followed(tokenizer, layers):
     sampler = make_sampler(tokenizer)
-    field = fit_field(sampler, PROMPTS * 8, max_completion_length=12, epochs=1)
+    field = fit_field(sampler, PROMPTS * 8, layers=layers, max_completion_length=12, epochs=1)
     along = make_sampler(tokenizer, gradient_field=field)
     moved = along.sample(PROMPTS, 8, BUDGET, 12, seed=1, dense=True)
     assert moved.initial.kl.max() > 0 and moved.drawn_from.log_q.isfinite().all()

@@ -451,8 +451,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prompts", metavar="FILE", help='prompt per line, or JSONL with "prompt"; - is standard input', **required)
     run.add_argument("--output", metavar="DIR", help="where the field goes: a folder that is new or empty", **required)
     run.add_argument(
-        "--layers", type=int, metavar="L", help="first layers of the reward model that are kept; default: all",
-        default=argparse.SUPPRESS,
+        "--layers", type=int, metavar="L", default=argparse.SUPPRESS,
+        help="layers of its own, on those of the base model; default: all, those of the reward model",
     )  # fmt: skip
     run.add_argument(
         "--comparisons", metavar="FILE", default=argparse.SUPPRESS,

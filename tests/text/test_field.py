@@ -18,8 +18,8 @@ from vgf_llm.evaluation.controls import flip, random_direction
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
 from vgf_llm.text import field as field_module
-from vgf_llm.text.field import HEADS, LIKELIHOOD_WEIGHT, GradientField, first_layers, fit_field, gain, likelihood_worth
-from vgf_llm.text.prefix import left_pad
+from vgf_llm.text.field import HEADS, LIKELIHOOD_WEIGHT, GradientField, fit_field, gain, last_layers, likelihood_worth
+from vgf_llm.text.prefix import left_pad, positions, stack
 
 
 def fitted(sampler, **arguments):
@@ -415,7 +415,7 @@ def test_files_that_are_no_field_are_refused(tmp_path):
     save_file({"score.weight": torch.zeros(1, 16)}, str(tmp_path / "other" / HEADS))
     with pytest.raises(ValueError, match=r"has the weights \['score.weight'\]"):
         GradientField.from_pretrained(tmp_path / "other")
-    wrong = {**FIELD.state_dict(), "slope.weight": torch.zeros(FIELD.width, 99)}
+    wrong = {**FIELD.state_dict(), "slope.weight": torch.zeros(FIELD.width, 99), "depth": torch.tensor(0)}
     save_file({n: x.clone() for n, x in wrong.items() if not n.startswith("backbone")}, str(tmp_path / "other" / HEADS))
     with pytest.raises(ValueError, match=r"a model with 99 hidden units, .* the files are of two fields"):
         GradientField.from_pretrained(tmp_path / "other")
@@ -448,25 +448,88 @@ def test_a_loss_that_is_not_finite_ends_the_fit():
         fitted(COUNT, learning_rate=1e30, num_samples=8)
 
 
-@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "opt"])
-def test_the_first_layers_make_a_model_of_their_own(family, tmp_path):
-    whole = tiny.language_model(family, VOCAB, eos=EOS).base_model
-    part = first_layers(whole, 1)
-    assert 1 == part.config.num_hidden_layers < whole.config.num_hidden_layers
-    ids = torch.tensor([[5, 6, 7]])
+def read(model, ids, mask, **arguments):
+    return model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask, ids.shape[1]), **arguments)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_last_layers_go_on_where_the_others_of_a_model_end(family, tmp_path):
+    """Whatever its family does to embeddings on the way to the first layer, under padding, and from a cache of its own."""
+    whole = tiny.language_model(family, VOCAB, eos=EOS)
+    part = last_layers(whole.base_model, 1)
+    assert part.config.num_hidden_layers == 1 and whole.config.num_hidden_layers == 2
+    assert len(stack(part)) == 1 and len(stack(whole.base_model)) == 2
+    ids, mask = left_pad([[5, 6, 7, 8], [9, 10]], 0, torch.device("cpu"))
+    field = GradientField(part, 6, depth=1)
+    torch.nn.init.normal_(field.slope.weight, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden = whole(ids, output_hidden_states=True).hidden_states[1]
-        norm = next(getattr(whole, n) for n in ("norm", "final_layer_norm", "ln_f") if hasattr(whole, n))
-        torch.testing.assert_close(part(ids)[0], norm(hidden))
-    field = GradientField(part, 6)
+        found = read(whole.base_model, ids, mask, output_hidden_states=True)
+        prefix = decode.read_prompts(whole, ids, mask, depth=1)
+        assert torch.equal(prefix.hidden[mask], found.hidden_states[1][mask])
+        torch.testing.assert_close(field.read(ids, mask, prefix.hidden).logits, found[0][:, -1])
+        words, inside = ids.flip(1), mask.flip(1)
+        direct = read(whole.base_model, torch.cat([ids, words], 1), torch.cat([mask, inside], 1))[0][:, 3:-1]
+        tables = decode.read(whole, prefix, words, inside, decode.BaseDistribution(), depth=1)
+        gradients = field.gradients(field.read(ids, mask, prefix.hidden), words, inside, tables.hidden)
+    torch.testing.assert_close(gradients[inside], field.slope(direct)[inside], atol=1e-4, rtol=1e-4)
     field.save_pretrained(tmp_path)
-    assert GradientField.from_pretrained(tmp_path).backbone.config.num_hidden_layers == 1
+    loaded = GradientField.from_pretrained(tmp_path)
+    assert loaded.depth == 1 and loaded.backbone.config.num_hidden_layers == 1
+    again = loaded.gradients(loaded.read(ids, mask, prefix.hidden), words, inside, tables.hidden)
+    assert torch.equal(again, gradients)
 
 
-def test_a_field_of_fewer_layers_is_followed_too():
-    field = fitted(COUNT, layers=1)
-    assert field.backbone.config.num_hidden_layers == 1
-    still, moved = (mean_reward(build(reward="count", gradient_field=field), b) for b in (TransportBudget(steps=0), NATS))
+SHARED = fitted(COUNT, layers=1)
+
+
+def test_a_field_on_the_states_of_the_base_model_is_followed_too():
+    assert SHARED.depth == 1 and len(stack(SHARED.backbone)) == 1
+    assert float(SHARED.correlation) > 0.9
+    sampler = build(reward="count", gradient_field=SHARED)
+    still, moved = (mean_reward(sampler, b) for b in (TransportBudget(steps=0), NATS))
     assert moved > still + 0.3
-    with pytest.raises(ValueError, match=r"has no 9 layers in a list called `layers` or `h`"):
-        fitted(COUNT, layers=9)
+    with pytest.raises(ValueError, match=r"layers must lie between 1 and 2, .* got 3"):
+        fitted(COUNT, layers=3)
+
+
+def test_the_base_model_is_left_as_it_is_by_a_field_that_shares_it():
+    weights = {name: p.clone() for name, p in COUNT.model.named_parameters()}
+    fitted(COUNT, layers=1, epochs=1, num_samples=4)
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in COUNT.model.named_parameters())
+    assert not any(module._forward_pre_hooks for module in COUNT.model.modules())
+
+
+def test_all_layers_of_its_own_share_nothing():
+    field = fitted(COUNT, layers=2, epochs=1, num_samples=4)
+    assert field.depth == 0 and len(stack(field.backbone)) == 2
+
+
+def test_a_field_on_the_states_of_the_base_model_keeps_the_accounts():
+    sampler = build(reward="count", gradient_field=SHARED, flow_batch_size=8)
+    together = sampler.sample(PROMPTS, 4, NATS, LENGTH, 3)
+    assert together.initial.kl.max() <= 2.0 * (1 + 1e-5)
+    for index in (0, 3, 5):
+        alone = sampler.sample([PROMPTS[index]], 4, NATS, LENGTH, 3)
+        assert result_of(alone, 0) == result_of(together, index)
+        torch.testing.assert_close(numbers_of(alone, 0), numbers_of(together, index), atol=2e-3, rtol=2e-3)
+    prompts = left_pad(sampler.encode(PROMPTS[:1], LENGTH), 0, torch.device("cpu"))
+    for ids, nats, ratio in zip(
+        together.initial.completion_ids[0], together.initial.kl[0], together.initial.log_ratio[0], strict=True
+    ):
+        # Read again, all tokens at once: what they were drawn from is mu tilted along the field, while that can be paid for.
+        words, inside = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
+        prefix = decode.read_prompts(sampler.model, *prompts, 1)
+        tables = decode.read(sampler.model, prefix, words, inside, sampler.base, 1)
+        gradient = SHARED.gradients(SHARED.read(*prompts, prefix.hidden), words, inside, tables.hidden)
+        log_q = decode.tilted(tables.log_mu, SHARED.scale(2.0) * gradient @ sampler.reward.table.T)[0]
+        spent, said = 0.0, 0.0
+        for token, q, mu in zip(ids, log_q, tables.log_mu[0], strict=True):
+            price = float(decode.kl(q, mu))
+            if spent + price <= 2.0:
+                spent, said = spent + price, said + float(q[token] - mu[token])
+        assert (float(nats), float(ratio)) == pytest.approx((spent, said), abs=2e-3)
+
+
+def test_a_field_on_the_states_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"reads the states behind 2 layers, 16 numbers each, but the model has 2 layers of 16"):
+        build(reward="count", gradient_field=GradientField(SHARED.backbone, SHARED.width, depth=2))

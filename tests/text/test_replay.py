@@ -13,7 +13,7 @@ from tests.decoding import prompts_of
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import VGFSampler, decode, replay
 from vgf_llm.text.decode import BaseDistribution
-from vgf_llm.text.field import SCALES, GradientField
+from vgf_llm.text.field import SCALES, GradientField, last_layers
 
 
 VOCAB = 9
@@ -91,15 +91,17 @@ def test_samples_tables_and_moved_completions_are_the_same(case):
     assert model.config._attn_implementation == "sdpa"
 
 
-def a_field(sampler, family):
-    field = GradientField(tiny.language_model(family, len(sampler.processing_class), seed=7).base_model, sampler.reward.width)
+def a_field(sampler, family, depth):
+    backbone = tiny.language_model(family, len(sampler.processing_class), seed=7).base_model
+    field = GradientField(last_layers(backbone, 1) if depth else backbone, sampler.reward.width, depth)
     torch.nn.init.normal_(field.slope.weight, generator=torch.Generator().manual_seed(3))
     field.nats.copy_(torch.tensor(SCALES).square())
     return field
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_call_of_the_sampler_is_the_same(family, fixed_shapes):
+def test_a_call_of_the_sampler_is_the_same(family, depth, fixed_shapes):
     """Along the reward's gradient and along a field, whose distributions are kept, also beyond the end of a completion."""
     tokenizer = tiny.tokenizer()
     ids = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
@@ -108,7 +110,7 @@ def test_a_call_of_the_sampler_is_the_same(family, fixed_shapes):
     for on in (False, True):
         fixed_shapes(on)
         sampler = VGFSampler(model, reward, tokenizer)
-        along = VGFSampler(model, reward, tokenizer, gradient_field=a_field(sampler, family))
+        along = VGFSampler(model, reward, tokenizer, gradient_field=a_field(sampler, family, depth))
         found[on] = [
             sampler.sample(prompts, 4, PLAIN, 12, seed=1),
             along.sample(prompts, 4, PLAIN, 12, seed=1, dense=True),

@@ -41,6 +41,12 @@ def field(tmp_path_factory):
     return fitted(tmp_path_factory.mktemp("field"))
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The same on the states of the reference."""
+    return fitted(tmp_path_factory.mktemp("shared"), layers=1)
+
+
 def first_phase(trainer, count=4, phase=0):
     """Completions that the first prompts are fitted to, and the micro-batch."""
     rows = [trainer.train_dataset[index] for index in range(count)]
@@ -130,9 +136,11 @@ def test_dpo_pairs_the_best_with_the_worst_of_the_first_round_both_moved(make_tr
 
 
 @pytest.mark.parametrize("budget", [0.3, 2.0])
-def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, field, budget):
+@pytest.mark.parametrize("which", ["field", "shared"])
+def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, request, which, budget):
     """Also where the budget of a completion runs out before its end."""
-    trainer = make_trainer(target="tilt", flow_field=field, flow_kl_budget=budget, per_device_train_batch_size=16)
+    folder = request.getfixturevalue(which)
+    trainer = make_trainer(target="tilt", flow_field=folder, flow_kl_budget=budget, per_device_train_batch_size=16)
     _, batch = first_phase(trainer)
     rows = [trainer.train_dataset[index]["prompt"] for index in range(4)]
     seeds = [trainer._seed(place) for place in range(4)]
@@ -147,10 +155,10 @@ def test_dense_targets_are_what_particles_were_drawn_from(make_trainer, field, b
     # Read again, all tokens at once, both models say the same: mu, or what the field makes of it while it can be paid for.
     sampler, mask = trainer._samplers["reference"], batch["completion_mask"].bool()
     prompts = batch["prompt_ids"], batch["prompt_mask"].bool()
-    log_mu = decode.read(
-        sampler.model, decode.read_prompts(sampler.model, *prompts), batch["completion_ids"], mask, sampler.base
-    ).log_mu
-    gradient = sampler.field.gradients(sampler.field.read(*prompts), batch["completion_ids"], mask)
+    prefix = decode.read_prompts(sampler.model, *prompts, sampler.field.depth)
+    tables = decode.read(sampler.model, prefix, batch["completion_ids"], mask, sampler.base, sampler.field.depth)
+    log_mu, along = tables.log_mu, sampler.field.read(*prompts, prefix.hidden)
+    gradient = sampler.field.gradients(along, batch["completion_ids"], mask, tables.hidden)
     tilted = decode.tilted(log_mu, sampler.field.scale(budget) * gradient @ sampler.reward.table.T)
     off = [(batch["target_log_q"][..., :-1] - x.gather(-1, batch["target_ids"])).abs().amax(-1)[mask] for x in (tilted, log_mu)]
     assert torch.minimum(*off).max() < 1e-4
@@ -317,6 +325,11 @@ def test_a_field_is_taken_by_targets_that_move_no_particle(tmp_path, target):
     settings = {"output_dir": str(tmp_path), "flow_field": "field", "target": target, "flow_steps": 0}
     VGFConfig(**settings, particle_source="policy")
     VGFConfig(**settings, flow_rounds=2)
+
+
+def test_a_field_on_the_states_of_the_reference_does_not_judge_samples_of_the_policy(make_trainer, shared):
+    with pytest.raises(ValueError, match=r"reads the states of the reference, but particle_source='policy' draws from another"):
+        make_trainer(target="advantage", particle_source="policy", flow_steps=0, flow_field=shared)
 
 
 def test_folders_that_hold_no_field_are_refused_before_the_policy_is_loaded(make_trainer, field, tmp_path, monkeypatch):

@@ -145,8 +145,10 @@ class _Texts:
         pad, device = sampler.processing_class.pad_token_id, sampler.model.device
         self.prompt_ids, self.prompt_mask = _padded(encoded, pad, "left", device)
         self.ids, self.mask = _padded(drawn, pad, "right", device)
-        self.prefix = decode.read_prompts(sampler.model, self.prompt_ids, self.prompt_mask)
-        self.log_mu = decode.read(sampler.model, self.prefix, self.ids, self.mask, sampler.base).log_mu
+        depth = 0 if sampler.field is None else sampler.field.depth
+        self.prefix = decode.read_prompts(sampler.model, self.prompt_ids, self.prompt_mask, depth)
+        tables = decode.read(sampler.model, self.prefix, self.ids, self.mask, sampler.base, depth)
+        self.log_mu, self.hidden = tables.log_mu, tables.hidden
         self.moves = self.mask & ~torch.isin(self.ids, sampler.eos_ids)
         self.keys = torch.cat([decode.row_keys(seed, [p], 1) for p in encoded]).to(device)
 
@@ -209,7 +211,8 @@ class _Texts:
             result[str(at)] = torch.stack(taken).mean(0)
         result["random"] = random_direction(result["path"], self.moves, self.keys)
         if (field := self.sampler.field) is not None:
-            result["field"] = field.gradients(field.read(self.prompt_ids, self.prompt_mask), self.ids, self.mask)
+            prefix = field.read(self.prompt_ids, self.prompt_mask, self.prefix.hidden)
+            result["field"] = field.gradients(prefix, self.ids, self.mask, self.hidden)
         return result
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from . import replay
-from .prefix import Prefix, cache_of, layers_of, window
+from .prefix import Prefix, cache_of, forward, layers_of, side_by_side, window
 from .prefix import positions as positions_of
 from .replay import Choose
 
@@ -158,11 +159,13 @@ class Decoded:
 
 
 @torch.no_grad()
-def read_prompts(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
-    """Prompts [B, P], one row each; `Prefix.deal` gives them to their particles."""
+def read_prompts(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, depth: int = 0) -> Prefix:
+    """Prompts [B, P], one row each; `Prefix.deal` gives them to their particles. With the states behind the first `depth` layers,
+    unless that is 0."""
     cache = DynamicCache()
-    logits = _forward(model, prompt_ids, prompt_mask, cache, keep=1)[:, -1]
-    return Prefix(prompt_mask, [layers_of(cache)], logits, torch.arange(len(prompt_ids), device=prompt_ids.device))
+    logits, hidden = _forward(model, prompt_ids, prompt_mask, cache, depth, keep=1)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    return Prefix(prompt_mask, [layers_of(cache)], logits[:, -1], rows, hidden=hidden)
 
 
 @dataclass(frozen=True)
@@ -184,12 +187,14 @@ class Steering:
         tilt: rows [A], positions [A, k], what was read before them [A, k, H], and log mu there [A, k, V] -> the tilt there.
         kl_budget: nats, sum_t KL(q_t || mu_t) of a completion. A token whose tilt would cost more than is left is drawn without,
             and what is left stays for those that follow.
+        depth: of the base model's layers, behind which its states are what `model` reads; 0: it reads the tokens.
     """
 
     model: PreTrainedModel
     prefix: Prefix
     tilt: Callable[[Tensor, Tensor, Tensor, Tensor], Tilt]
     kl_budget: float
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,9 +230,9 @@ def sample(
     then filled with these q_t."""
     rows = keys.shape[0]
     spent = torch.zeros(rows, device=keys.device)
-    models, prefixes = [model], [prefix]
+    models, prefixes, depth = [model], [prefix], 0
     if steering is not None:
-        models, prefixes = [model, steering.model], [prefix, steering.prefix]
+        models, prefixes, depth = [model, steering.model], [prefix, steering.prefix], steering.depth
     replayed = all(replay.fits(model) for model in models)
     kept = drawn_from
     if drawn_from is not None and replayed:  # a finished row goes on unseen, behind its end
@@ -260,9 +265,9 @@ def sample(
     if replayed:
         caches = [replay.Slots(read, 0, max_new_tokens + 1) for read in prefixes]
         alive = torch.ones_like(start, dtype=torch.bool)
-        totals = replay.carry_on(models, caches, ids, start, alive, choose, eos_ids, first=first)
+        totals = replay.carry_on(models, caches, ids, start, alive, choose, eos_ids, first=first, depth=depth)
     else:
-        reader = _Reader(models, [read.cache() for read in prefixes])
+        reader = _Reader(models, [read.cache() for read in prefixes], depth)
         totals = _continue(reader, prefix.mask[prefix.rows], first, ids, start, choose, eos_ids)
     mask = completion_mask(ids, eos_ids)
     if drawn_from is not None and kept is not drawn_from:
@@ -281,25 +286,27 @@ class Tables:
         log_mu: [R, T, V] log mu at every position of the completion.
         cache: keys and values of prompt and completion.
         attention: [R, P + T] bool, of a cache that has both in one row.
+        hidden: [R, T, H] states behind the first `depth` layers, if that was not 0.
     """
 
     log_mu: Tensor
     cache: DynamicCache | replay.Slots
     attention: Tensor
+    hidden: Tensor | None
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor, base: BaseDistribution) -> Tables:
+def read(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor, base: BaseDistribution, depth: int = 0) -> Tables:
     """log mu at every position of completions [R, T] of the prompts, in one forward."""
     attention, first = prefix.attention(mask), cast(Tensor, prefix.logits)[prefix.rows][:, None]
     cache: DynamicCache | replay.Slots
     if replay.fits(model):
         cache = replay.Slots(prefix, 0, ids.shape[1])
-        after = replay.read(model, cache, ids)
+        after, hidden = replay.read(model, cache, ids, depth)
     else:
         cache = prefix.cache()
-        after = _forward(model, ids, attention, cache)
-    return Tables(base.log_probs(torch.cat([first, after[:, :-1]], 1)), cache, attention)
+        after, hidden = _forward(model, ids, attention, cache, depth)
+    return Tables(base.log_probs(torch.cat([first, after[:, :-1]], 1)), cache, attention, hidden)
 
 
 def tilted(log_mu: Tensor, tilt: Tensor) -> Tensor:
@@ -441,11 +448,11 @@ def redecode(
         else:
             cache, attention = _right_align(tables.cache, tables.attention, go, tables.attention.shape[1] - length + first[go])
             attention = torch.cat([attention, attention.new_ones(len(go), 1)], 1)
-            logits = _forward(model, new_ids[go, first[go]][:, None], attention, cache)[:, -1]
+            continued, reader = new_ids[go], _Reader([model], [cache])
+            logits = reader(new_ids[go, first[go]][:, None], attention)[:, -1]
             # Wrong guesses leave gaps, which a window that counts slots would take for tokens.
             slots = attention.shape[1] + lookahead * ids.shape[1]
             ahead = lookahead if slots <= window(model) else 1
-            continued, reader = new_ids[go], _Reader([model], [cache])
             totals[go] += _continue(reader, attention, logits, continued, first[go] + 1, choose, eos_ids, ids[go], ahead)
             new_ids[go] = continued
     new_mask = completion_mask(new_ids, eos_ids)
@@ -517,10 +524,21 @@ def completion_mask(ids: Tensor, eos_ids: Tensor) -> Tensor:
     return is_eos.int().cumsum(1) - is_eos.int() == 0
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
-    """Logits of the last `keep` positions, 0: of all; or the hidden states of a model without a head. Position ids count real
-    tokens: learned positions need it under padding."""
-    out = model(
+def _forward(
+    model: PreTrainedModel,
+    ids: Tensor,
+    attention: Tensor,
+    cache: DynamicCache,
+    depth: int = 0,
+    hidden: Tensor | None = None,
+    keep: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """`prefix.forward`, with the logits of the last `keep` positions, 0: of all. Position ids count real tokens: learned
+    positions need it under padding."""
+    return forward(
+        model,
+        depth,
+        hidden,
         input_ids=ids,
         attention_mask=attention.long(),
         position_ids=positions_of(attention, ids.shape[1]),
@@ -528,18 +546,18 @@ def _forward(model: PreTrainedModel, ids: Tensor, attention: Tensor, cache: Dyna
         use_cache=True,
         **({"logits_to_keep": keep} if keep else {}),
     )
-    return cast(Tensor, out[0])
 
 
 class _Reader:
-    """Models that read the same tokens, each with keys and values of its own; what they make of them stands side by side."""
+    """Models that read the same tokens, each with keys and values of its own; what they make of them stands side by side. A
+    second one may read the states of the first behind `depth` layers instead."""
 
-    def __init__(self, models: Sequence[PreTrainedModel], caches: Sequence[DynamicCache]) -> None:
-        self.models, self.caches = models, caches
+    def __init__(self, models: Sequence[PreTrainedModel], caches: Sequence[DynamicCache], depth: int = 0) -> None:
+        self.models, self.caches, self.depth = models, caches, depth
 
     def __call__(self, ids: Tensor, attention: Tensor) -> Tensor:
-        found = [_forward(model, ids, attention, cache) for model, cache in zip(self.models, self.caches, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        reads = [partial(_forward, m, ids, attention, cache) for m, cache in zip(self.models, self.caches, strict=True)]
+        return side_by_side(reads, self.depth)
 
     def keep(self, rows: Tensor) -> None:
         for cache in self.caches:

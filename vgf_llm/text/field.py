@@ -28,7 +28,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from vgf_llm.flow import TransportBudget
 
 from . import decode
 from .loading import load_whole
-from .prefix import Prefix, layers_of, left_pad, positions
+from .prefix import Prefix, forward, layers_of, left_pad, positions, stack
 
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class GradientField(nn.Module):
     Args:
         backbone: causal transformer without a head, with the vocabulary of the policy. Taken as it is, not copied.
         width: D of a particle, `DifferentiableReward.width` of the reward whose gradient this is.
+        depth: of the base model's layers, behind which its states are what the backbone's layers read. Default 0: they read the
+            tokens, and the base model plays no part.
 
     Attributes:
         nats: [len(SCALES)] KL(q || mu) of a completion at each of `SCALES`, mean over the samples it was fitted to.
@@ -84,9 +86,9 @@ class GradientField(nn.Module):
     correlation: Tensor
     likelihood_weight: Tensor
 
-    def __init__(self, backbone: PreTrainedModel, width: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, width: int, depth: int = 0) -> None:
         super().__init__()
-        self.backbone, self.width = backbone, width
+        self.backbone, self.width, self.depth = backbone, width, depth
         self.register_buffer("nats", torch.zeros(len(SCALES)))
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("correlation", torch.zeros(()))
@@ -101,22 +103,28 @@ class GradientField(nn.Module):
         self.to(backbone.device).eval()
 
     @torch.no_grad()
-    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefix:
-        """Prompts [B, P], one row each, for `gradients` of any number of completions; its `logits` are hidden states [B, H]."""
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor, hidden: Tensor | None = None) -> Prefix:
+        """Prompts [B, P], one row each, for `gradients` of any number of completions; its `logits` are hidden states [B, H].
+
+        `hidden` [B, P, H] are the base model's, behind `depth` layers (`decode.read_prompts`); None at depth 0.
+        """
         cache = DynamicCache()
-        hidden = self._hidden(prompt_ids, prompt_mask, cache)
-        return Prefix(prompt_mask, [layers_of(cache)], hidden[:, -1], torch.arange(len(prompt_ids), device=prompt_ids.device))
+        found = self._hidden(prompt_ids, prompt_mask, cache, hidden)
+        return Prefix(prompt_mask, [layers_of(cache)], found[:, -1], torch.arange(len(prompt_ids), device=prompt_ids.device))
 
     @torch.no_grad()
-    def gradients(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
-        """g [R, T, D] before every token of completions [R, T], float32."""
-        after = self._hidden(ids, prefix.attention(mask), prefix.cache())[:, :-1]
+    def gradients(self, prefix: Prefix, ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """g [R, T, D] before every token of completions [R, T], float32; `hidden` [R, T, H] as in `read` (`decode.read`)."""
+        after = self._hidden(ids, prefix.attention(mask), prefix.cache(), hidden)[:, :-1]
         return self.slope(torch.cat([cast(Tensor, prefix.logits)[prefix.rows][:, None], after], 1)).float()
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """V [R, T] and g [R, T, D] before every token of completions [R, T] of prompts [R, P], with gradients of the weights."""
-        hidden = self._hidden(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), None)
-        before = hidden[:, prompt_ids.shape[1] - 1 : -1]
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """V [R, T] and g [R, T, D] before every token of completions [R, T] of prompts [R, P], with gradients of the weights;
+        `hidden` [R, P + T, H] as in `read`."""
+        found = self._hidden(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), None, hidden)
+        before = found[:, prompt_ids.shape[1] - 1 : -1]
         return self.value(before)[..., 0].float(), self.slope(before).float()
 
     def scale(self, kl_budget: float) -> float:
@@ -154,19 +162,21 @@ class GradientField(nn.Module):
             ids = log_mu.topk(min(candidates, log_mu.shape[-1]), -1).indices
             return decode.Tilt(ids, scale * gain(gradient, log_mu, ids, table))
 
-        return decode.Steering(self.backbone, prefix, tilt, kl_budget)
+        return decode.Steering(self.backbone, prefix, tilt, kl_budget, self.depth)
 
-    def _hidden(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None) -> Tensor:
-        out = self.backbone(
+    def _hidden(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None, hidden: Tensor | None) -> Tensor:
+        assert (hidden is None) == (self.depth == 0), "the states that it reads, and nothing else"
+        return forward(
+            self.backbone, hidden=hidden,
             input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention, ids.shape[1]),
             past_key_values=cache, use_cache=cache is not None,
-        )  # fmt: skip
-        return cast(Tensor, out[0])
+        )[0]  # fmt: skip
 
     def save_pretrained(self, directory: str | Path) -> None:
         """The backbone in the format of transformers, the heads beside it."""
         self.backbone.save_pretrained(str(directory))
         heads = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items() if not name.startswith("backbone.")}
+        heads["depth"] = torch.tensor(self.depth)
         save_file(heads, str(Path(directory) / HEADS))
 
     @classmethod
@@ -186,10 +196,11 @@ class GradientField(nn.Module):
             raise ValueError(f"{path}: the weights cannot be read, the file is broken or cut off: {error}") from error
         expected = {
             "value.weight", "value.bias", "slope.weight", "slope.bias", "nats", "spread", "correlation", "likelihood_weight",
+            "depth",
         }  # fmt: skip
         if set(heads) != expected:
             raise ValueError(f"{path} has the weights {sorted(heads)}, not {sorted(expected)}: no gradient field wrote it")
-        field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0])
+        field = cls(load_whole(AutoModel, str(directory)), heads["slope.weight"].shape[0], int(heads["depth"]))
         if heads["slope.weight"].shape[1] != field.slope.in_features:
             raise ValueError(
                 f"{path} belongs to a model with {heads['slope.weight'].shape[1]} hidden units, but the one beside it has "
@@ -199,24 +210,27 @@ class GradientField(nn.Module):
         return field.requires_grad_(False)
 
 
-def first_layers(backbone: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A copy of the first `count` layers of a causal transformer, with what comes before and after them.
+def last_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A copy of the last `count` layers of a causal transformer, with what comes before and after them all.
 
     Raises:
         ValueError: it has fewer, or they are not in a list called `layers` or `h`.
     """
-    copied = copy.deepcopy(backbone)
-    name = next((name for name in ("layers", "h") if isinstance(getattr(copied, name, None), nn.ModuleList)), None)
-    if name is None or not 1 <= count <= len(getattr(copied, name)):
-        raise ValueError(
-            f"{type(backbone).__name__} has no {count} layers in a list called `layers` or `h`: leave layers at None, which "
-            "takes all"
-        )
-    setattr(copied, name, getattr(copied, name)[:count])
+    layers = stack(model)
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"layers must lie between 1 and {len(layers)}, which {type(model).__name__} has, got {count}")
+    # What is left out is not copied on the way.
+    copied = copy.deepcopy(model, {id(layer): nn.Identity() for layer in layers[:-count]})
+    kept = stack(copied)
+    del kept[:-count]
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # where its keys and values stand in a cache
+                cast(Any, module).layer_idx = index
     config = copied.config.get_text_config()
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:count]
+        config.layer_types = config.layer_types[-count:]
     return copied
 
 
@@ -237,14 +251,15 @@ def fit_field(
     """Fit a field to what a sampler's base model writes and what its reward says of that. No label is needed.
 
     The backbone starts as a copy of the first reward model's, which knows what the reward looks at; where the reward has no model
-    of its own, as one of the base model's. All its weights are trained, in float32. One prompt in ten is held out, and the
-    weights of the quarter of an epoch after which `GradientField.correlation` on these is highest are kept: how soon a fit turns
-    to noise differs between rewards (docs/sampler.md).
+    of its own, as one of the base model's. With `layers` it is the last few layers of the base model, on the states that the
+    others have for every token anyway. All its weights are trained, in float32. One prompt in ten is held out, and the weights of
+    the quarter of an epoch after which `GradientField.correlation` on these is highest are kept: how soon a fit turns to noise
+    differs between rewards (docs/sampler.md).
 
     Args:
         sampler: base model and reward; a field it may have already plays no part.
-        layers: how many of the backbone's layers, from the first on, which is what drawing along the field costs. Default None:
-            all.
+        layers: how many layers the field has of its own, which is what drawing along it costs; below them it shares those of the
+            base model, as they are. Default None: as many as the reward model, and it shares none.
         prompts: to draw from, `num_samples` completions each, both at least 2. How many completions it takes differs between
             rewards: docs/sampler.md measures 2,000 to 24,000.
         max_completion_length: T, in tokens.
@@ -278,11 +293,13 @@ def fit_field(
         raise ValueError(f"all {len(rows)} completions have the reward {float(rewards[0]):g}: there is no direction to learn")
     target = (rewards - rewards.mean()) / spread
 
-    own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
-    source = next((model for model in own if isinstance(model, PreTrainedModel)), sampler.model.base_model)
-    source = cast(PreTrainedModel, source)
-    backbone = copy.deepcopy(source) if layers is None else first_layers(source, layers)
-    field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width)
+    base = cast(PreTrainedModel, sampler.model.base_model)
+    if layers is None:
+        own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
+        backbone, depth = copy.deepcopy(next((model for model in own if isinstance(model, PreTrainedModel)), base)), 0
+    else:
+        backbone, depth = last_layers(base, layers), len(stack(base)) - layers
+    field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width, depth)
     field.spread.fill_(spread)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(prompts), generator=generator)
@@ -360,7 +377,7 @@ def likelihood_worth(sampler: VGFSampler, comparisons: Sequence[Comparison], bat
         features = []
         for side in texts:
             some = list(zip(prompts, side, strict=True))[start : start + batch_size]
-            prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, [(p, [*c, tokenizer.eos_token_id]) for p, c in some])
+            prompt_ids, prompt_mask, ids, mask, log_mu, _ = _read(sampler, [(p, [*c, tokenizer.eos_token_id]) for p, c in some])
             said = log_mu.gather(-1, ids[..., None])[..., 0].masked_fill(~mask, 0.0).sum(1)
             features.append(torch.stack([sampler.reward.score_ids(prompt_ids, prompt_mask, ids, mask), said], 1))
         parts.append((features[0] - features[1]).double().cpu().numpy())
@@ -396,8 +413,8 @@ def gain(gradient: Tensor, log_mu: Tensor, ids: Tensor, table: Tensor) -> Tensor
 @torch.no_grad()
 def _nats(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """sum_t KL(q_t || mu_t) along completions at each of `SCALES`, summed over the completions: [len(SCALES)]."""
-    prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
-    _, gradient = field(prompt_ids, prompt_mask, ids, mask)
+    prompt_ids, prompt_mask, ids, mask, log_mu, hidden = _read(sampler, rows, field.depth)
+    _, gradient = field(prompt_ids, prompt_mask, ids, mask, hidden)
     candidates, events = decode.coarse(log_mu, sampler.candidates)
     padded = nn.functional.pad(gain(gradient, log_mu, candidates, sampler.reward.table), (0, 1))
     return torch.stack([(decode.kl(decode.tilted(events, scale * padded), events) * mask).sum() for scale in SCALES])
@@ -406,8 +423,8 @@ def _nats(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[i
 @torch.no_grad()
 def _said(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """sum_t <g_t, e - E_mu e> [R] along completions."""
-    prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
-    _, gradient = field(prompt_ids, prompt_mask, ids, mask)
+    prompt_ids, prompt_mask, ids, mask, log_mu, hidden = _read(sampler, rows, field.depth)
+    _, gradient = field(prompt_ids, prompt_mask, ids, mask, hidden)
     offset = sampler.reward.embed(ids) - log_mu.exp() @ sampler.reward.table
     return ((gradient * offset).sum(-1) * mask).sum(1)
 
@@ -425,23 +442,28 @@ def _agreement(said: Tensor, rewards: Tensor) -> tuple[float, float]:
 def _loss(field: GradientField, sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]], target: Tensor) -> Tensor:
     """Mean over tokens of (V_t + sum_{s >= t} <g_s, e_s - E_mu e> - R)^2. The reward depends on nothing but the text: where V and
     the advantages are right, nothing is left of it."""
-    prompt_ids, prompt_mask, ids, mask, log_mu = _read(sampler, rows)
+    prompt_ids, prompt_mask, ids, mask, log_mu, hidden = _read(sampler, rows, field.depth)
     offset = sampler.reward.embed(ids) - log_mu.exp() @ sampler.reward.table
     with torch.enable_grad():
-        value, gradient = field(prompt_ids, prompt_mask, ids, mask)
+        value, gradient = field(prompt_ids, prompt_mask, ids, mask, hidden)
         advantage = (gradient * offset).sum(-1) * mask
         following = advantage.flip(1).cumsum(1).flip(1)
         return (value + following - target[:, None]).square()[mask].mean()
 
 
 @torch.no_grad()
-def _read(sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Prompts and completions of the rows as ids and masks [R, P], [R, T], and log mu [R, T, V]."""
+def _read(
+    sampler: VGFSampler, rows: Sequence[tuple[list[int], list[int]]], depth: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Prompts and completions of the rows as ids and masks [R, P], [R, T]; log mu [R, T, V]; and the base model's states
+    [R, P + T, H] behind the first `depth` layers, None at 0."""
     device = sampler.model.device
     prompt_ids, prompt_mask = left_pad([prompt for prompt, _ in rows], 0, device)
     lengths = torch.tensor([len(ids) for _, ids in rows], device=device)
     length = int(lengths.max())
     ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows], device=device)
     mask = torch.arange(length, device=device) < lengths[:, None]
-    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
-    return prompt_ids, prompt_mask, ids, mask, decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask, depth)
+    tables = decode.read(sampler.model, prefix, ids, mask, sampler.base, depth)
+    states = [states for states in (prefix.hidden, tables.hidden) if states is not None]
+    return prompt_ids, prompt_mask, ids, mask, tables.log_mu, torch.cat(states, 1) if states else None

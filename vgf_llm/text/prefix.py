@@ -8,12 +8,13 @@ completion's embeddings never passes through the prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -34,6 +35,7 @@ class Prefix:
         logits: [B, V] at the last token of each prompt; None for models that say none.
         rows: [R] which prompt each row continues.
         room: tokens that there is memory for behind each prompt in `states`; 0: none.
+        hidden: [B, P, H] hidden states between two layers of the one model (`forward`), if they were asked for.
     """
 
     mask: Tensor
@@ -41,6 +43,7 @@ class Prefix:
     logits: Tensor | None
     rows: Tensor
     room: int = 0
+    hidden: Tensor | None = None
 
     def deal(self, rows: Tensor) -> Prefix:
         """The same prompts for other rows: `rows` [R'] are indices of the rows of this prefix."""
@@ -75,6 +78,55 @@ class Prefix:
     def attention(self, mask: Tensor) -> Tensor:
         """[R, P + T] bool: every row's prompt, and a mask [R, T] of what follows it."""
         return torch.cat([self.mask[self.rows], mask], 1)
+
+
+def stack(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a transformer.
+
+    Raises:
+        ValueError: they are not in a list called `layers` or `h`.
+    """
+    decoder = model.get_decoder()
+    for name in ("layers", "h"):
+        if isinstance(found := getattr(decoder, name, None), nn.ModuleList):
+            return found
+    raise ValueError(f"{type(decoder).__name__} has no layers in a list called `layers` or `h`")
+
+
+@contextmanager
+def entered(model: PreTrainedModel, hidden: Tensor | None) -> Iterator[None]:
+    """Meanwhile the layers of a transformer begin with the states `hidden` [R, w, H], not with the embeddings of its tokens.
+
+    A hook and not `inputs_embeds`, to which models add their learned positions, or which they scale.
+    """
+    if hidden is None:
+        yield
+        return
+    begin = hidden.to(model.dtype)
+    handle = stack(model)[0].register_forward_pre_hook(lambda layer, given: (begin, *given[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def forward(model: PreTrainedModel, depth: int = 0, hidden: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """What a model makes of R rows of w tokens, logits or, without a head, hidden states [R, w, ...]; and its states [R, w, H]
+    behind the first `depth` of its layers, unless that is 0. See `entered` for `hidden`."""
+    with entered(model, hidden):
+        out = model(**inputs, **({"output_hidden_states": True} if depth else {}))
+    return out[0], out.hidden_states[depth] if depth else None
+
+
+def side_by_side(reads: Sequence[Callable[[int, Tensor | None], tuple[Tensor, Tensor | None]]], depth: int) -> Tensor:
+    """What models make of the same tokens [R, w, ...], the first of which hands on its states behind `depth` layers, unless that
+    is 0. Each of `reads` is `forward` of a model, but for these two arguments."""
+    hidden, found = None, []
+    for read in reads:
+        out, hidden = read(depth, hidden)
+        found.append(out)
+        depth = 0
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

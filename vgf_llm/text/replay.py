@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .prefix import Prefix, window
+from .prefix import Prefix, forward, side_by_side, window
 
 
 ATTENTION = "vgf_shared_prompts"
@@ -103,15 +104,19 @@ class Slots(Cache):
         for layer in cast("list[_Slots]", self.layers):
             layer.grow(capacity)
 
-    def read(self, model: nn.Module, ids: Tensor, places: Tensor, limit: int) -> Tensor:
-        """What a model makes of tokens [R, w] that stand in the slots `places` [R, w], [R, w, ...]; they see the slots before
-        them, of which the first `limit` are looked at."""
+    def read(
+        self, model: PreTrainedModel, ids: Tensor, places: Tensor, limit: int, depth: int = 0, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`prefix.forward` of tokens [R, w] that stand in the slots `places` [R, w]; they see the slots before them, of which the
+        first `limit` are looked at."""
         self.places, self.limit = places, limit
         seen = torch.arange(limit, device=ids.device) <= places[:, None, :, None]
         mask, positions = _additive(seen, self.mask.dtype), self.lengths[:, None] + places
         # `slots` is handed through to `attend`, which gets keys and values, and not the cache they come from.
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self, use_cache=True, slots=self)
-        return cast(Tensor, out[0])
+        return forward(
+            model, depth, hidden,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self, use_cache=True, slots=self,
+        )  # fmt: skip
 
 
 class _Slots(CacheLayerMixin):
@@ -210,14 +215,15 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, cache: Slots, ids: Tensor) -> Tensor:
-    """What a model makes of completions [R, T] from their first slot on, [R, T, ...]."""
+def read(model: PreTrainedModel, cache: Slots, ids: Tensor, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+    """`prefix.forward` of completions [R, T] from their first slot on."""
     parts, places = [], torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     with shared_prompts([model]):
         for start in range(0, ids.shape[1], BLOCK):
             block = slice(start, start + BLOCK)
-            parts.append(cache.read(model, ids[:, block], places[:, block], min(start + BLOCK, ids.shape[1])))
-    return torch.cat(parts, 1)
+            parts.append(cache.read(model, ids[:, block], places[:, block], min(start + BLOCK, ids.shape[1]), depth))
+    out, hidden = zip(*parts, strict=True)
+    return torch.cat(out, 1), torch.cat(hidden, 1) if depth else None
 
 
 @torch.no_grad()
@@ -232,6 +238,7 @@ def carry_on(
     first: Tensor | None = None,
     draft: Tensor | None = None,
     lookahead: int = 1,
+    depth: int = 0,
 ) -> Tensor:
     """Fill `ids` [R, T] in place from `positions` [R] on, as `decode._continue` does, for the rows that are `alive` [R].
 
@@ -239,6 +246,7 @@ def carry_on(
         models, caches: what they make of a token stands side by side, [R, w, ...].
         first: [R, ...] what was read before `positions`. None: the token before stands in `ids` and is read first.
         draft, lookahead: see `decode._continue`.
+        depth: a second model reads the states of the first behind so many layers; 0: it reads the tokens.
 
     Returns the quantities of `choose`, added up along each row.
     """
@@ -273,8 +281,8 @@ def carry_on(
     def step(limit: int) -> None:
         places = (positions - 1)[:, None] + ahead
         block = torch.cat([said, guess], 1)
-        read = [cache.read(model, block, places, limit) for model, cache in zip(models, caches, strict=True)]
-        take(read[0] if len(read) == 1 else torch.cat(read, -1), guess)
+        reads = [partial(cache.read, model, block, places, limit) for model, cache in zip(models, caches, strict=True)]
+        take(side_by_side(reads, depth), guess)
         guess.copy_(_guess(draft, positions, width, length))
 
     reach = int(positions.max())

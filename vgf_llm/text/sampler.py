@@ -226,6 +226,13 @@ class VGFSampler:
                     f"gradient_field reads {known} tokens, but the tokenizer has {len(processing_class)}: it was fitted to "
                     "another base model"
                 )
+            layers, hidden = (getattr(model.config.get_text_config(), name) for name in ("num_hidden_layers", "hidden_size"))
+            reads = gradient_field.backbone.config.get_text_config().hidden_size
+            if gradient_field.depth and (gradient_field.depth >= layers or reads != hidden):
+                raise ValueError(
+                    f"gradient_field reads the states behind {gradient_field.depth} layers, {reads} numbers each, but the model "
+                    f"has {layers} layers of {hidden}: it was fitted to another base model"
+                )
         self.field = None if gradient_field is None else gradient_field.to(self.model.device).eval()
         self.gradient_at = gradient_at
         self.candidates = candidates
@@ -389,8 +396,8 @@ class VGFSampler:
         device = self.model.device
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        prefix = decode.read_prompts(self.model, ids, mask).deal(every)
-        field_prefix = None if self.field is None else self.field.read(ids, mask).deal(every)
+        prefix = decode.read_prompts(self.model, ids, mask, 0 if self.field is None else self.field.depth).deal(every)
+        field_prefix = None if self.field is None else self.field.read(ids, mask, prefix.hidden).deal(every)
         keys = torch.cat([decode.row_keys(s, [p], n) for s, p in zip(seeds, prompts, strict=True)]).to(device)
         drawn_from = None
         if dense:

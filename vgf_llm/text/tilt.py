@@ -91,11 +91,11 @@ def _along(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates [R, T, K], log mu [R, T, K + 1] of them and of all others, and their advantages along a field [R, T, K] in
     units of the reward."""
-    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask)
-    log_mu = decode.read(sampler.model, prefix, ids, mask, sampler.base).log_mu
-    gradient = field.gradients(field.read(prompt_ids, prompt_mask), ids, mask)
-    candidates, coarse = decode.coarse(log_mu, sampler.candidates)
-    return candidates, coarse, field.spread * gain(gradient, log_mu, candidates, sampler.reward.table)
+    prefix = decode.read_prompts(sampler.model, prompt_ids, prompt_mask, field.depth)
+    tables = decode.read(sampler.model, prefix, ids, mask, sampler.base, field.depth)
+    gradient = field.gradients(field.read(prompt_ids, prompt_mask, prefix.hidden), ids, mask, tables.hidden)
+    candidates, coarse = decode.coarse(tables.log_mu, sampler.candidates)
+    return candidates, coarse, field.spread * gain(gradient, tables.log_mu, candidates, sampler.reward.table)
 
 
 def _advantages(

@@ -1310,6 +1310,11 @@ def _load_field(
             f"flow_field {folder} is not the same on every process, and particles would depend on the process that draws them: "
             "put it where all of them read it"
         )
+    if field.depth and args.particle_source == "policy":
+        raise ValueError(
+            f"flow_field {folder} reads the states of the reference, but particle_source='policy' draws from another model: fit "
+            "one with layers of its own alone (fit_field(layers=None)), or use particle_source='reference'"
+        )
     table: Any = field.backbone.get_input_embeddings()
     width, rows = rewards.guide(ready=True).width, table.weight.shape[0]
     if field.width != width:
