@@ -31,7 +31,6 @@ from benchmarks.cells import (
 from benchmarks.labels import DRAWN, NAMES, VARIANTS, asked_for, publish
 
 
-BUDGETS = {name: variant for name, variant in VARIANTS.items() if not variant.random}
 LAYERS = {"its own": None, "shared": 1}
 
 
@@ -39,7 +38,7 @@ def measured(cells: Cells) -> list[dict]:
     """Rows of one task; those along the shared field are compared with its own at the same budget, paired by prompt."""
     variants = {
         f"{name}, {budget}": replace(variant, layers=layers)
-        for budget, variant in BUDGETS.items()
+        for budget, variant in VARIANTS.items()
         for name, layers in LAYERS.items()
     }
     rows, _ = summarise(cells, {"layers": variants}, DRAWN)
@@ -64,7 +63,8 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     )
     for ax, task in zip(axes[0], tasks, strict=True):
         here = [r for r in rows if r["task"] == task]
-        along = {name: [r for r in here if r["method"].startswith(f"layers: {name}") and "nat" in r["method"]] for name in LAYERS}
+        budgets = [r for r in here if r["method"].startswith("layers: ") and r["method"].endswith(("nat", "nats"))]
+        along = {name: [r for r in budgets if r["setting"]["layers"] == layers] for name, layers in LAYERS.items()}
         for colour, marker, label, points in (
             (BLUE, "o", "best-of-n, n to 64", [r for r in here if r["method"] == "best_of_n"]),
             (VERMILION, "D", "VGF, three layers of its own", along["its own"]),
