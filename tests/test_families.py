@@ -29,6 +29,8 @@ from tests import tiny
 from vgf_llm import VGFConfig, VGFTrainer
 from vgf_llm.flow import TransportBudget
 from vgf_llm.text import DifferentiableReward, VGFSampler, decode
+from vgf_llm.text.field import SCALES, GradientField, last_layers
+from vgf_llm.text.prefix import left_pad, positions
 from vgf_llm.text.reward import mix_embeddings
 from vgf_llm.text.value import ValueModel
 
@@ -174,6 +176,31 @@ def test_embeddings_mixed_in_training_lie_between_those_of_tokens(family):
     way, gone = mean - plain[:, 1:], mixed[0][:, 1:] - plain[:, 1:]
     share = (way * gone).sum(-1) / way.square().sum(-1)
     torch.testing.assert_close(gone, share[..., None] * way, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_field_on_the_states_of_every_family(family, tmp_path):
+    """The last layer alone makes of the states before it what the whole model does, and particles are drawn along it."""
+    tokenizer = make_tokenizer()
+    sampler = make_sampler(family, tokenizer)
+    whole = sampler.model.base_model
+    GradientField(last_layers(whole, 1), sampler.reward.width, depth=1).save_pretrained(tmp_path)
+    field = GradientField.from_pretrained(tmp_path)
+    field.backbone.set_attn_implementation("eager")
+    ids, mask = left_pad(sampler.encode(PROMPTS, LENGTH), tokenizer.pad_token_id, sampler.model.device)
+    with torch.no_grad():
+        expected = whole(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask, ids.shape[1]))[0][:, -1]
+        prefix = decode.read_prompts(sampler.model, ids, mask, 1)
+    torch.testing.assert_close(field.read(ids, mask, prefix.hidden).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.nn.init.normal_(field.slope.weight, generator=torch.Generator().manual_seed(0))
+    field.nats.copy_(torch.tensor(SCALES).square())
+    along = VGFSampler(sampler.model, sampler.reward, tokenizer, gradient_field=field)
+    moved = along.sample(PROMPTS, 4, BUDGET, LENGTH, seed=1).initial
+    assert moved.kl.max() > 0 and moved.kl.max() <= BUDGET.kl_budget * (1 + 1e-5)
+    for b, prompt in enumerate(PROMPTS):
+        alone = along.sample([prompt], 4, BUDGET, LENGTH, seed=1).initial
+        assert alone.completion_ids[0] == moved.completion_ids[b]
+        torch.testing.assert_close(alone.kl[0], moved.kl[b], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
