@@ -40,7 +40,7 @@ from vgf_llm.evaluation.report import write_report
 # Rows of a forward and backward of the update; the rest of a step is accumulated.
 MICRO = 16
 METHODS: dict[str, dict[str, Any]] = {
-    "VGF: tilt, along a field of one layer": {"target": "tilt"},
+    "VGF: tilt, along a field of half the layers": {"target": "tilt"},
     "VGF: sft, best of N": {"target": "sft", "best_k": 8, "flow_steps": 0},
     "RLOO (TRL)": {},
 }
@@ -127,7 +127,7 @@ def step(
     }  # fmt: skip
     trainer: Any
     if settings.get("target") == "tilt":
-        fields["a field of one layer"].save_pretrained(f"{folder}/field")
+        fields["a field of half the layers"].save_pretrained(f"{folder}/field")
         settings = {**settings, "flow_field": f"{folder}/field"}
     del fields  # they are as large as the models
     if settings:
