@@ -399,6 +399,22 @@ def test_a_field_of_another_reward_is_none_of_this_one(place, refused, tmp_path)
         assert "gradient_field gives gradients of 5 numbers, but" in refused(*command, *models)
 
 
+def test_a_field_on_the_states_of_another_model_is_none_of_this_one(place, refused, tmp_path):
+    field = GradientField(tiny.language_model("llama", len(tiny.tokenizer())).base_model, 16, depth=2)
+    field.save_pretrained(tmp_path / "field")
+    assert "reads the states behind 2 layers, 16 numbers each, but" in sample(
+        refused, place, "--gradient-field", tmp_path / "field"
+    )
+
+
+@pytest.mark.parametrize("layers", [0, 99])
+def test_a_field_cannot_have_more_layers_than_the_base_model(place, refused, tmp_path, layers, monkeypatch):
+    monkeypatch.setattr(VGFSampler, "sample", lambda *a, **k: pytest.fail("thousands of completions were drawn first"))
+    (tmp_path / "two.txt").write_text("the food was\na room\n")
+    models = ["--model", place / "lm", "--reward-model", place / "reward", "--prompts", tmp_path / "two.txt"]
+    assert "layers must lie between 1 and 2" in refused("field", *models, "--output", tmp_path / "new", "--layers", layers)
+
+
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 COMMANDS = [

@@ -271,8 +271,8 @@ def fit_field(
         progress: show progress bars.
 
     Raises:
-        ValueError: those of `VGFSampler.sample` and `likelihood_worth`; all completions have the same reward, or there are less
-            than 2 prompts or samples.
+        ValueError: those of `VGFSampler.sample`, `likelihood_worth` and `last_layers`; all completions have the same reward, or
+            there are less than 2 prompts or samples.
         FloatingPointError: the loss is not finite.
     """
     if len(prompts) < 2 or num_samples < 2:
@@ -280,6 +280,14 @@ def fit_field(
             "a field needs at least 2 prompts, one of which is held out, and 2 samples of each, got "
             f"{len(prompts)} prompts and num_samples={num_samples}"
         )
+    # Before anything is drawn, so that what cannot be made is said at once.
+    base = cast(PreTrainedModel, sampler.model.base_model)
+    if layers is None:
+        own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
+        backbone, depth = copy.deepcopy(next((model for model in own if isinstance(model, PreTrainedModel)), base)), 0
+    else:
+        backbone, depth = last_layers(base, layers), len(stack(base)) - layers
+    field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width, depth)
     worth = 0.0 if comparisons is None else likelihood_worth(sampler, comparisons)
     budget = TransportBudget(steps=0)
     # A seed for every place: a prompt that comes again has other completions, of which most would else be copies.
@@ -293,13 +301,6 @@ def fit_field(
         raise ValueError(f"all {len(rows)} completions have the reward {float(rewards[0]):g}: there is no direction to learn")
     target = (rewards - rewards.mean()) / spread
 
-    base = cast(PreTrainedModel, sampler.model.base_model)
-    if layers is None:
-        own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
-        backbone, depth = copy.deepcopy(next((model for model in own if isinstance(model, PreTrainedModel)), base)), 0
-    else:
-        backbone, depth = last_layers(base, layers), len(stack(base)) - layers
-    field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width, depth)
     field.spread.fill_(spread)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(prompts), generator=generator)
