@@ -85,7 +85,7 @@ class Variant:
     accept: str = "rises"
     record: tuple[int, ...] = ()
     generations: float = 0.0  # 16: `TransportBudget.auto(16)`, whatever else is set
-    layers: int | None = None  # that the field has of its own, on those of the base model; None: all, those of a reward model
+    layers: int = 1  # that the field has of its own, on the others of the base model; 0: all, those of a reward model
 
 
 REFERENCE = Variant()
@@ -100,7 +100,7 @@ Groups = Mapping[str, Mapping[str, Variant]]
 @dataclass(frozen=True)
 class World:
     """One task with its models; `prompts(seed)` are held out, and no two seeds share one. `fitted` is the gradient field that is
-    kept beside the models; where there is none, or one on layers of the base model is asked for, it is fitted to `seen`."""
+    kept beside the models; where there is none, or one of other `layers` is asked for, it is fitted to `seen`."""
 
     name: str
     base: Path
@@ -113,13 +113,13 @@ class World:
     seen: Callable[[], list[str]]
     fitted: Path | None = None
 
-    def field_at(self, layers: int | None = None) -> Path:
+    def field_at(self, layers: int = 1) -> Path:
         """Where the field lies, the seconds it took beside it."""
-        if layers is None and self.fitted is not None:
+        if layers == 1 and self.fitted is not None:
             return self.fitted
-        return self.work / self.name / ("field" if layers is None else f"field-{layers}")
+        return self.work / self.name / f"field-{layers}"
 
-    def field(self, sampler: VGFSampler, layers: int | None = None) -> GradientField:
+    def field(self, sampler: VGFSampler, layers: int = 1) -> GradientField:
         """Fitted if it is not there."""
         kept = self.field_at(layers)
         if not kept.is_dir():

@@ -1,10 +1,10 @@
-"""What a gradient field loses that shares all layers of the base model but the last: gold beside a field that has all its own.
+"""What a gradient field loses by sharing all layers of the base model but the last: gold beside a field that has all its own.
 
     python -m benchmarks.layers --e2e-models DIR --e2e-data DIR
 
-Prompts, budgets and cells of `benchmarks.labels`, reward models *along the flow* there. *Its own* is the field that is kept
-beside the models, a copy of a reward model; *shared* one layer of three on the states that the base model has behind its second,
-fitted to as many completions of the same prompts.
+Prompts, budgets and cells of `benchmarks.labels`, reward models *along the flow* there. *Shared* is the field that is kept beside
+the models, one layer of three on the states that the base model has behind its second; *its own* a copy of a reward model, fitted
+to as many completions of the same prompts.
 
 Writes benchmarks/results/layers.json and docs/img/layers.png; what was measured is kept in `--work`.
 """
@@ -31,23 +31,23 @@ from benchmarks.cells import (
 from benchmarks.labels import DRAWN, NAMES, VARIANTS, asked_for, publish
 
 
-LAYERS = {"its own": None, "shared": 1}
+LAYERS = {"its own": 0, "shared": 1}
+ALONG = {
+    f"{name}, {budget}": replace(variant, layers=layers)
+    for budget, variant in VARIANTS.items()
+    for name, layers in LAYERS.items()
+}
 
 
-def measured(cells: Cells) -> list[dict]:
-    """Rows of one task; those along the shared field are compared with its own at the same budget, paired by prompt."""
-    variants = {
-        f"{name}, {budget}": replace(variant, layers=layers)
-        for budget, variant in VARIANTS.items()
-        for name, layers in LAYERS.items()
-    }
+def measured(cells: Cells, variants: Mapping[str, Variant], reference: int) -> list[dict]:
+    """Rows of one task, each compared with the field of `reference` layers at the same budget, paired by prompt."""
     rows, _ = summarise(cells, {"layers": variants}, DRAWN)
     sampler = cells.world.sampler(Variant())
     for row in (r for r in rows if r["method"].startswith("layers: ")):
         variant = variants[row["method"].removeprefix("layers: ")]
-        cell, reference = cells.of(variant), cells.of(replace(variant, layers=None))
-        assert cell is not None and reference is not None
-        row |= over_reference(cell[str(variant.rounds)], reference[str(variant.rounds)])
+        cell, other = cells.of(variant), cells.of(replace(variant, layers=reference))
+        assert cell is not None and other is not None
+        row |= over_reference(cell[str(variant.rounds)], other[str(variant.rounds)])
         row |= {
             "correlation": float(cells.world.field(sampler, variant.layers).correlation),
             "field_seconds": json.loads((cells.world.field_at(variant.layers) / "seconds.json").read_text()),
@@ -83,7 +83,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
 
 def main() -> None:
     tasks, cells = asked_for(__doc__.splitlines()[0])
-    publish([r for task in tasks for r in measured(cells(task.world))], "layers", plot)
+    publish([r for task in tasks for r in measured(cells(task.world), ALONG, LAYERS["its own"])], "layers", plot)
 
 
 if __name__ == "__main__":

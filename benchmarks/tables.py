@@ -37,6 +37,7 @@ NAMES = {
 
 # Columns of some reports only: key, header, digits.
 MORE = (
+    ("correlation", "correlation of the field", 2),
     ("gold_over_reference", "above the reference", 2),
     ("gold_over_best_of_n_by_likelihood", "above best-of-n where likelihood counts", 2),
     ("over_at_equal_proxy", "above best-of-n at equal proxy, std of gold", 2),

@@ -407,7 +407,7 @@ def test_a_field_on_the_states_of_another_model_is_none_of_this_one(place, refus
     )
 
 
-@pytest.mark.parametrize("layers", [0, 99])
+@pytest.mark.parametrize("layers", [-1, 99])
 def test_a_field_cannot_have_more_layers_than_the_base_model(place, refused, tmp_path, layers, monkeypatch):
     monkeypatch.setattr(VGFSampler, "sample", lambda *a, **k: pytest.fail("thousands of completions were drawn first"))
     (tmp_path / "two.txt").write_text("the food was\na room\n")

@@ -451,8 +451,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prompts", metavar="FILE", help='prompt per line, or JSONL with "prompt"; - is standard input', **required)
     run.add_argument("--output", metavar="DIR", help="where the field goes: a folder that is new or empty", **required)
     run.add_argument(
-        "--layers", type=int, metavar="L", default=argparse.SUPPRESS,
-        help="layers of its own, on those of the base model; default: all, those of the reward model",
+        "--layers", type=int, default=1, metavar="L",
+        help="layers of its own, on the others of the base model; 0: a copy of the reward model, on none",
     )  # fmt: skip
     run.add_argument(
         "--comparisons", metavar="FILE", default=argparse.SUPPRESS,
@@ -497,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             args = _parser().parse_args(argv)
             # Without a default, so that the help shows none.
-            for name in ("output", "movers", "gradient_field", "layers", "comparisons"):
+            for name in ("output", "movers", "gradient_field", "comparisons"):
                 setattr(args, name, getattr(args, name, None))
             args.run(args)
         sys.stdout.flush()

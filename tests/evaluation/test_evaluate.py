@@ -227,6 +227,18 @@ def test_along_a_field_moved_particles_are_compared_with_plain_ones(config, fiel
     still = [[row for row in r["rows"] if row["method"] in ("base", "best_of_n") or row.get("kl_budget") == 0]
              for r in (report, plain)]  # fmt: skip
     assert still[0] == still[1] and len(still[0]) == 6
+    # Best-of-n by the rule that selects along a field stands beside it: of the whole pool it is the best by both.
+    weight = float(GradientField.from_pretrained(fields[0]).likelihood_weight)
+    sizes = [row["num_particles"] for row in report["rows"] if row["method"] == "best_of_n_likelihood"]
+    assert weight > 0 and sizes == [row["num_particles"] for row in report["rows"] if row["method"] == "best_of_n"]
+    assert not [row for row in plain["rows"] if row["method"] == "best_of_n_likelihood"]
+    drawn = [load_sampler(str(models["lm"]), [str(models["reward"])]).sample(PROMPTS, 6, TransportBudget(steps=0), 8, seed=seed)
+             for seed in (0, 1)]  # fmt: skip
+    rewards, logprobs = (torch.cat([getattr(out.initial, name) for out in drawn]) for name in ("rewards", "logprobs"))
+    best = (rewards + weight * logprobs).argmax(1)[:, None]
+    row = row_of(report, "best_of_n_likelihood", num_particles=6)
+    assert row["reward_proxy"] == pytest.approx(float(rewards.gather(1, best).mean()), abs=1e-5)
+    assert row["nll_base"] == pytest.approx(-float(logprobs.gather(1, best).mean()), abs=1e-4)
     sampler = load_sampler(str(models["lm"]), [str(models["reward"])], gradient_field=fields[0], movers=2)
     zero = row_of(report, "vgf", kl_budget=0.0)
     for index, kl in enumerate((1.0, 4.0)):

@@ -73,6 +73,7 @@ def test_best_of_n_by_likelihood_too_is_best_of_n_of_another_proxy():
     over = over_best_of_n(drawn, pool, 1.0, 0.7)
     mean = gold[:, 0].mean().item()
     assert over["gold_over_best_of_n_by_likelihood"] == pytest.approx(mean - by_both[0]["reward_gold"], abs=1e-5)
+    assert over["equal_n_by_likelihood_at_equal_kl"] == over["equal_n_at_equal_kl"]
     assert over["equal_n_by_likelihood"] == 4 and "gold_over_best_of_n_by_likelihood" not in over_best_of_n(drawn, pool, 1.0)
 
 

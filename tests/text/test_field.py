@@ -28,7 +28,7 @@ def fitted(sampler, **arguments):
 
 
 COUNT = build(reward="count")
-FIELD = fitted(COUNT)
+FIELD = fitted(COUNT, layers=0)
 
 
 def exact_action_values(sampler, prompt, length):
@@ -45,16 +45,19 @@ def exact_action_values(sampler, prompt, length):
     return (probability * rewards).view(VOCAB, -1).sum(1), logits[:: VOCAB ** (length - 1), 0].softmax(-1)[0]
 
 
-def test_the_field_estimates_what_a_token_is_worth_over_all_that_may_follow():
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_field_estimates_what_a_token_is_worth_over_all_that_may_follow(layers):
     sampler = build(reward=tiny.reward_model("llama", VOCAB, seed=5))
-    field = fitted(sampler, num_samples=100, max_completion_length=3, epochs=8)
+    field = fitted(sampler, layers=layers, num_samples=100, max_completion_length=3, epochs=8)
     share, ordered = [], []
     for prompt in PROMPTS:
         values, mu = exact_action_values(sampler, prompt, 3)
         exact = values - (mu * values).sum()
         ids, mask = left_pad(sampler.encode([prompt], 3), 0, torch.device("cpu"))
-        nothing = torch.zeros(1, 1, dtype=torch.int64)
-        gradient = field.gradients(field.read(ids, mask), nothing, torch.ones(1, 1, dtype=torch.bool))[0, 0].double()
+        nothing, there = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+        prefix = decode.read_prompts(sampler.model, ids, mask, field.depth)
+        hidden = decode.read(sampler.model, prefix, nothing, there, sampler.base, field.depth).hidden
+        gradient = field.gradients(field.read(ids, mask, prefix.hidden), nothing, there, hidden)[0, 0].double()
         table = sampler.reward.table.double()
         # Fitted to standardised rewards: the scale is left to least squares.
         learned = (table - mu @ table) @ gradient
@@ -329,7 +332,7 @@ def test_before_it_has_seen_a_sample_nothing_moves():
 
 def test_fitting_again_gives_the_same_field_and_leaves_sampler_and_random_state_alone():
     before, weights = torch.get_rng_state(), [p.clone() for p in COUNT.reward.parameters()]
-    again = fitted(COUNT)
+    again = fitted(COUNT, layers=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(COUNT.reward.parameters(), weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), FIELD.parameters(), strict=True))
@@ -479,7 +482,7 @@ def test_the_last_layers_go_on_where_the_others_of_a_model_end(family, tmp_path)
     assert torch.equal(again, gradients)
 
 
-SHARED = fitted(COUNT, layers=1)
+SHARED = fitted(COUNT)
 
 
 def test_a_field_on_the_states_of_the_base_model_is_followed_too():
@@ -494,7 +497,7 @@ def test_a_field_on_the_states_of_the_base_model_is_followed_too():
 
 def test_the_base_model_is_left_as_it_is_by_a_field_that_shares_it():
     weights = {name: p.clone() for name, p in COUNT.model.named_parameters()}
-    fitted(COUNT, layers=1, epochs=1, num_samples=4)
+    fitted(COUNT, epochs=1, num_samples=4)
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in COUNT.model.named_parameters())
     assert not any(module._forward_pre_hooks for module in COUNT.model.modules())
 

@@ -37,14 +37,14 @@ def fitted(folder, **changes):
 
 @pytest.fixture(scope="module")
 def field(tmp_path_factory):
-    """Folder of a field of the world of conftest.py."""
-    return fitted(tmp_path_factory.mktemp("field"))
+    """Folder of a field of the world of conftest.py, a model of its own."""
+    return fitted(tmp_path_factory.mktemp("field"), layers=0)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """The same on the states of the reference."""
-    return fitted(tmp_path_factory.mktemp("shared"), layers=1)
+    return fitted(tmp_path_factory.mktemp("shared"))
 
 
 def first_phase(trainer, count=4, phase=0):

@@ -111,7 +111,8 @@ def evaluate(config: EvaluationConfig, gold: Gold | None = None, say: Callable[[
         state.wait_for_everyone()
         return {}
     opponents = {**questions.opponents, "base": [row[0] for row in answers["opponent"]["completions"]]}
-    rows, curve = _rows(config, answers, opponents)
+    weight = 0.0 if sampler.field is None else float(sampler.field.likelihood_weight)
+    rows, curve = _rows(config, answers, opponents, weight)
     about_judge = None
     if ask is not None:
         wins, about_judge = _ask_judge(config, ask, questions, answers, opponents, out / "judge.jsonl", say)
@@ -513,9 +514,10 @@ def _by_prompt(values: Any, seeds: int) -> np.ndarray:
 
 
 def _rows(
-    config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[str, list[str]]
+    config: EvaluationConfig, answers: dict[str, Stage], opponents: dict[str, list[str]], likelihood_weight: float
 ) -> tuple[list[dict[str, Any]], Any]:
-    """Rows of the report, and best-of-n for every n."""
+    """Rows of the report, and best-of-n for every n. With a weight, that of a gradient field, also best-of-n by its rule of
+    selection, proxy and likelihood: what selects better is no merit of the field."""
     seeds, pool, size, n = len(config.seeds), answers["pool"], config.pool_size, config.num_particles
     columns = [name for name in ("gold", "proxy", "nll_base", "nll_judge", "length") if name in pool]
     slope = length_slope(pool["length"], pool["gold"])
@@ -535,9 +537,15 @@ def _rows(
 
     everything = values(pool)
     ns = list(range(1, size + 1))
-    proxy = torch.tensor(everything["proxy"])
-    # [S * P, n] of every quantity: unbiased best-of-n by proxy.
-    curves = {name: best_of_n_curve(proxy, torch.tensor(v), ns).numpy() for name, v in everything.items()}
+    chosen_by = {"best_of_n": everything["proxy"]}
+    if likelihood_weight:
+        chosen_by["best_of_n_likelihood"] = everything["proxy"] - likelihood_weight * everything["nll_base"]
+    # [S * P, n] of every quantity: unbiased best-of-n by each rule.
+    by_rule = {
+        method: {name: best_of_n_curve(torch.tensor(by), torch.tensor(v), ns).numpy() for name, v in everything.items()}
+        for method, by in chosen_by.items()
+    }
+    curves = by_rule["best_of_n"]
     best = np.asarray(pool["proxy"])[:, :n].argmax(1)
     zero = {name: v[np.arange(len(best)), best] for name, v in everything.items()}
     zero_gold = _by_prompt(zero["gold"], seeds).mean(1)
@@ -566,13 +574,14 @@ def _rows(
         }  # fmt: skip
 
     rows = []
-    for k in sorted({1, *(2**i for i in range(1, 20) if 2**i <= size), n, size}):
-        by_proxy = np.asarray(pool["proxy"])[:, :k].argmax(1).tolist()
-        texts = [found[i] for found, i in zip(pool["completions"], by_proxy, strict=True)]
-        more = {"num_particles": k, "generations": float(k), "steps": 0, "kl_nats": best_of_n_kl(k)}
-        rows.append(
-            row("base" if k == 1 else "best_of_n", {name: curve[:, k - 1] for name, curve in curves.items()}, texts, **more)
-        )
+    for method, by in chosen_by.items():
+        for k in sorted({1, *(2**i for i in range(1, 20) if 2**i <= size), n, size}):
+            if k == 1 and method != "best_of_n":
+                continue
+            texts = [found[i] for found, i in zip(pool["completions"], by[:, :k].argmax(1).tolist(), strict=True)]
+            more = {"num_particles": k, "generations": float(k), "steps": 0, "kl_nats": best_of_n_kl(k)}
+            at = {name: curve[:, k - 1] for name, curve in by_rule[method].items()}
+            rows.append(row("base" if k == 1 else method, at, texts, **more))
     texts = [found[i] for found, i in zip(pool["completions"], best.tolist(), strict=True)]
     more = {"num_particles": n, "generations": float(n), "steps": 0, "kl_budget": 0.0, "kl_nats": best_of_n_kl(n)}
     rows.append(row("vgf", zero, texts, **more))

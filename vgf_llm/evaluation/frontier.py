@@ -249,7 +249,7 @@ def best_of_n_rows(task: Task, pool: Pool, ns: Sequence[int], likelihood_weight:
 
 def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float, likelihood_weight: float = 0.0) -> Row:
     """Gold above best-of-n on the same prompts, at equal generations, in equal time and at equal KL: mean and 95 % interval of
-    the paired difference. With a weight also above the best of as many generations by proxy and likelihood.
+    the paired difference. With a weight also above the best by proxy and likelihood, of as many generations and at equal KL.
 
     n is what the generations, the seconds, or `kl_nats` would have paid for, rounded up in favour of best-of-n and at most the
     pool.
@@ -262,7 +262,8 @@ def over_best_of_n(measured: Measured, pool: Pool, kl_nats: float, likelihood_we
         "_at_equal_kl": (equal_kl_n(kl_nats, size), pool.proxy),
     }
     if likelihood_weight:
-        rivals["_by_likelihood"] = (drawn, pool.proxy - likelihood_weight * pool.nll_base)
+        both = pool.proxy - likelihood_weight * pool.nll_base
+        rivals |= {"_by_likelihood": (drawn, both), "_by_likelihood_at_equal_kl": (equal_kl_n(kl_nats, size), both)}
     result: Row = {}
     for key, (n, chosen_by) in rivals.items():
         n = min(math.ceil(n), size)

@@ -241,7 +241,7 @@ def plot_wins(rows: Sequence[Row], path: str | Path) -> None:
     rows = [row for row in rows if row.get("wins")]
     sizes = [row["num_particles"] for row in rows if row["method"] == "best_of_n"]
     kept = {max(sizes, default=0), *(row["num_particles"] for row in rows if row["method"] == "vgf")}
-    rows = [row for row in rows if row["method"] != "best_of_n" or row["num_particles"] in kept]
+    rows = [row for row in rows if not row["method"].startswith("best_of_n") or row["num_particles"] in kept]
     pairs = list(dict.fromkeys((judge, against) for row in rows for judge, found in row["wins"].items() for against in found))
     if not pairs:
         raise ValueError("no row has wins: nothing to draw")
@@ -258,7 +258,13 @@ def plot_wins(rows: Sequence[Row], path: str | Path) -> None:
                 if found.get("rate") is None:
                     continue
                 rate, low, high = (100 * found[key] for key in ("rate", "low", "high"))
-                colour = {"vgf": VERMILION, "vgf_random": GREY, "base": BLUE, "best_of_n": BLUE}.get(row["method"], GREEN)
+                colour = {
+                    "vgf": VERMILION,
+                    "vgf_random": GREY,
+                    "base": BLUE,
+                    "best_of_n": BLUE,
+                    "best_of_n_likelihood": BLUE,
+                }.get(row["method"], GREEN)
                 ax.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
                 ax.plot([rate], [y], "o", color=colour, markersize=6)
             ax.set(title=f"{judge}: against {against}", xlabel="wins (%)", yticks=range(len(rows)), yticklabels=names)
@@ -269,8 +275,8 @@ def plot_wins(rows: Sequence[Row], path: str | Path) -> None:
 
 def _row_name(row: Row) -> str:
     name = METHOD_NAMES.get(row["method"], row["method"])
-    if row["method"] == "best_of_n":
-        return f"best-of-{row['num_particles']:g}"
+    if row["method"].startswith("best_of_n"):
+        return f"best-of-{row['num_particles']:g}" + (", likelihood counts" if row["method"] == "best_of_n_likelihood" else "")
     if row.get("kl_budget") == 0:
         return f"VGF, L = 0 (N={row['num_particles']:g})"
     return (

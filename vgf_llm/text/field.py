@@ -1,16 +1,16 @@
-"""A learned gradient: which way the reward rises at every prefix, in expectation over what follows, at the price of one forward.
+"""A learned gradient: which way the reward rises at every prefix, in expectation over what follows, at the price of a layer.
 
 The gradient of a reward model speaks about one finished text, and costs a forward and a backward of every member at every step
 of the flow. `GradientField` learns the gradient of an action value instead, linear in the embedding e of the next token:
 
     Q(x, y_<t, e) = V(x, y_<t) + <g(x, y_<t), e - E_mu e>,    grad_e Q = g,
 
-with V and g read off the hidden state of a causal model before that token, and e in the coordinates of
-`DifferentiableReward.embed`. Fitted to the rewards of completions that the base model wrote, Q estimates E[R | x, y_<=t]: what
-the token is worth when the base model writes the rest, not when the rest stays as it was. The advantages <g, e - E_mu e> have
-mean 0 under mu, and what a completion has over V is their sum. Fitting the sum (Direct Advantage Estimation, arXiv 2109.06093),
-not one token's share at a time, keeps what follows a token from being noise to it. Tokens are the actions of arXiv 2604.14265,
-prefixes its states, and the network that gives their gradient is its amortised flow.
+with V and g read off a hidden state before that token, behind a layer of its own on those of the base model, and e in the
+coordinates of `DifferentiableReward.embed`. Fitted to the rewards of completions that the base model wrote, Q estimates
+E[R | x, y_<=t]: what the token is worth when the base model writes the rest, not when the rest stays as it was. The advantages
+<g, e - E_mu e> have mean 0 under mu, and what a completion has over V is their sum. Fitting the sum (Direct Advantage Estimation,
+arXiv 2109.06093), not one token's share at a time, keeps what follows a token from being noise to it. Tokens are the actions of
+arXiv 2604.14265, prefixes its states, and the network that gives their gradient is its amortised flow.
 
 Since it needs no finished text, a particle need not be drawn before it is moved: the embedding of every token takes its L steps
 along g, which is the same wherever it has got to, while it is drawn,
@@ -238,7 +238,7 @@ def fit_field(
     sampler: VGFSampler,
     prompts: Sequence[Prompt],
     *,
-    layers: int | None = None,
+    layers: int = 1,
     num_samples: int = 8,
     max_completion_length: int = 64,
     epochs: int = 2,
@@ -250,16 +250,16 @@ def fit_field(
 ) -> GradientField:
     """Fit a field to what a sampler's base model writes and what its reward says of that. No label is needed.
 
-    The backbone starts as a copy of the first reward model's, which knows what the reward looks at; where the reward has no model
-    of its own, as one of the base model's. With `layers` it is the last few layers of the base model, on the states that the
-    others have for every token anyway. All its weights are trained, in float32. One prompt in ten is held out, and the weights of
-    the quarter of an epoch after which `GradientField.correlation` on these is highest are kept: how soon a fit turns to noise
+    The backbone starts as a copy of the last few layers of the base model, on the states that the others have for every token
+    anyway. All its weights are trained, in float32; the base model stays as it is. One prompt in ten is held out, and the weights
+    of the quarter of an epoch after which `GradientField.correlation` on these is highest are kept: how soon a fit turns to noise
     differs between rewards (docs/sampler.md).
 
     Args:
         sampler: base model and reward; a field it may have already plays no part.
         layers: how many layers the field has of its own, which is what drawing along it costs; below them it shares those of the
-            base model, as they are. Default None: as many as the reward model, and it shares none.
+            base model. Default 1, that of docs/ablations.md. 0: it shares none, and is a copy of the first reward model, which
+            knows what the reward looks at; where the reward has no model of its own, of the base model.
         prompts: to draw from, `num_samples` completions each, both at least 2. How many completions it takes differs between
             rewards: docs/sampler.md measures 2,000 to 24,000.
         max_completion_length: T, in tokens.
@@ -282,7 +282,7 @@ def fit_field(
         )
     # Before anything is drawn, so that what cannot be made is said at once.
     base = cast(PreTrainedModel, sampler.model.base_model)
-    if layers is None:
+    if layers == 0:
         own = [getattr(member, "base_model", None) for member in getattr(sampler.reward, "members", [])]
         backbone, depth = copy.deepcopy(next((model for model in own if isinstance(model, PreTrainedModel)), base)), 0
     else:

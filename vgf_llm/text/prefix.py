@@ -90,7 +90,9 @@ def stack(model: PreTrainedModel) -> nn.ModuleList:
     for name in ("layers", "h"):
         if isinstance(found := getattr(decoder, name, None), nn.ModuleList):
             return found
-    raise ValueError(f"{type(decoder).__name__} has no layers in a list called `layers` or `h`")
+    raise ValueError(
+        f"{type(decoder).__name__} has no list `layers` or `h` of them that a gradient field could share: fit one with layers=0"
+    )
 
 
 @contextmanager

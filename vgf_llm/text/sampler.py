@@ -162,8 +162,8 @@ class VGFSampler:
             of its own, which selects.
         flow_batch_size: completions in memory at once. Default 32.
         chat_template_kwargs: passed to the chat template with every prompt of messages, such as `{"enable_thinking": False}`.
-        gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) to follow instead of the reward's own: one forward of
-            its model per token instead of gradients. It counts in what is written after a token. `gradient_at`, `horizon`,
+        gradient_field: a learned gradient (`vgf_llm.text.field.fit_field`) to follow instead of the reward's own: a layer
+            more per token instead of gradients. It counts in what is written after a token. `gradient_at`, `horizon`,
             `likelihood_weight` and the steps of a budget (but for 0) play no part.
 
     Raises:

@@ -133,7 +133,7 @@ class VGFConfig(TrainingArguments):
             position does not matter (see `VGFSampler`).
         flow_field (`str`, *optional*):
             Folder of a learned gradient of the reward (`vgf_llm.text.field.fit_field`), fitted to the reference. Particles then
-            move while they are drawn, which costs one forward of its model per token and no gradient; `flow_rounds` times
+            move while they are drawn, which costs a layer more per token and no gradient; `flow_rounds` times
             `num_generations` are drawn (every round after the first `flow_movers`, if that is set), and the best
             `num_generations` stay. `flow_kl_budget` is what one of them may spend; `flow_step_size`, `flow_horizon` and
             `flow_steps` (but for 0, which draws plain samples) play no part. `"tilt"` and `"advantage"` take their dense targets

@@ -1313,7 +1313,7 @@ def _load_field(
     if field.depth and args.particle_source == "policy":
         raise ValueError(
             f"flow_field {folder} reads the states of the reference, but particle_source='policy' draws from another model: fit "
-            "one with layers of its own alone (fit_field(layers=None)), or use particle_source='reference'"
+            "one with layers of its own alone (fit_field(layers=0)), or use particle_source='reference'"
         )
     table: Any = field.backbone.get_input_embeddings()
     width, rows = rewards.guide(ready=True).width, table.weight.shape[0]
