@@ -502,6 +502,14 @@ def test_the_base_model_is_left_as_it_is_by_a_field_that_shares_it():
     assert not any(module._forward_pre_hooks for module in COUNT.model.modules())
 
 
+def test_a_quantized_model_has_no_layers_to_train():
+    sampler = build(reward="count")
+    packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    stack(sampler.model.base_model)[-1].register_parameter("packed", packed)
+    with pytest.raises(ValueError, match="quantized, and cannot be trained: fit it to the base model without"):
+        fitted(sampler)
+
+
 def test_all_layers_of_its_own_share_nothing():
     field = fitted(COUNT, layers=2, epochs=1, num_samples=4)
     assert field.depth == 0 and len(stack(field.backbone)) == 2

@@ -271,8 +271,8 @@ def fit_field(
         progress: show progress bars.
 
     Raises:
-        ValueError: those of `VGFSampler.sample`, `likelihood_worth` and `last_layers`; all completions have the same reward, or
-            there are less than 2 prompts or samples.
+        ValueError: those of `VGFSampler.sample`, `likelihood_worth` and `last_layers`; all completions have the same reward, the
+            weights to begin with are quantized, or there are less than 2 prompts or samples.
         FloatingPointError: the loss is not finite.
     """
     if len(prompts) < 2 or num_samples < 2:
@@ -287,6 +287,11 @@ def fit_field(
         backbone, depth = copy.deepcopy(next((model for model in own if isinstance(model, PreTrainedModel)), base)), 0
     else:
         backbone, depth = last_layers(base, layers), len(stack(base)) - layers
+    if not all(weights.is_floating_point() for weights in backbone.parameters()):
+        raise ValueError(
+            "the weights that a field would begin with are quantized, and cannot be trained: fit it to the "
+            f"{'base' if layers else 'reward'} model without quantization, and follow it with either"
+        )
     field = GradientField(cast(PreTrainedModel, backbone.float().requires_grad_(True)), sampler.reward.width, depth)
     worth = 0.0 if comparisons is None else likelihood_worth(sampler, comparisons)
     budget = TransportBudget(steps=0)
