@@ -36,10 +36,10 @@ from vgf_llm.evaluation.world import base_model
 
 
 DEPTH = 8
-LAYERS = {"1 of 8": 1, "2 of 8": 2, "4 of 8": 4, "8 of 8": DEPTH, "the reward model's": 0}
+LAYERS = {"1 of 8": 1, "2 of 8": 2, "4 of 8": 4, "the reward model's": 0}
 ALONG = {
     f"{name}, {budget}": replace(VARIANTS[budget], layers=layers)
-    for budget in ("1 nat", "4 nats", "16 nats")
+    for budget in ("1 nat", "4 nats")
     for name, layers in LAYERS.items()
 } | {"1 of 8, 1 nat, random direction": replace(VARIANTS["1 nat, random direction"], layers=1)}
 FIELD_PROMPTS = 500
