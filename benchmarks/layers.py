@@ -4,7 +4,7 @@
 
 Prompts, budgets and cells of `benchmarks.labels`, reward models *along the flow* there. *Shared* is the field that is kept beside
 the models, one layer of three on the states that the base model has behind its second; *its own* a copy of a reward model, fitted
-to as many completions of the same prompts.
+to as many completions of the same prompts. Two budgets more lie far beyond what is worth choosing.
 
 Writes benchmarks/results/layers.json and docs/img/layers.png; what was measured is kept in `--work`.
 """
@@ -32,9 +32,10 @@ from benchmarks.labels import DRAWN, NAMES, VARIANTS, asked_for, publish
 
 
 LAYERS = {"its own": 0, "shared": 1}
+FAR = {f"{nats:g} nats": replace(DRAWN, kl_budget=nats) for nats in (32.0, 64.0)}
 ALONG = {
     f"{name}, {budget}": replace(variant, layers=layers)
-    for budget, variant in VARIANTS.items()
+    for budget, variant in (VARIANTS | FAR).items()
     for name, layers in LAYERS.items()
 }
 
