@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.ticker import FuncFormatter
+
 from benchmarks.cells import (
     BLUE,
     GREEN,
@@ -76,7 +78,9 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
             )
             ax.plot(nats, gold, marker=marker, markersize=4, color=colour, label=label)
             ax.fill_between(nats, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.set(title=NAMES[task], xlabel="KL account, nats", ylabel="gold reward")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set(title=NAMES[task], xlabel="KL account, nats (log scale)", ylabel="gold reward")
         ax.grid(color="#E4E4E4")
     shared_legend(figure, axes, 3)
     save_figure(figure, path)
